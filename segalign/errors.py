@@ -1,0 +1,35 @@
+"""Errors meant for users: one line, a cause and a cure, and an exit code of their own."""
+
+
+class SegalignError(Exception):
+    """Base of the errors whose message alone is shown to the user.
+
+    Attributes:
+        exit_code: What the process returns when this error ends a command.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(SegalignError, ValueError):
+    """A setting that cannot work (exit code 78, ``EX_CONFIG``)."""
+
+    exit_code = 78
+
+
+class DataError(SegalignError, ValueError):
+    """Data that cannot be read or trusted (exit code 65, ``EX_DATAERR``)."""
+
+    exit_code = 65
+
+
+class StorageError(SegalignError, OSError):
+    """A place that cannot be written, or is full (exit code 75, ``EX_TEMPFAIL``)."""
+
+    exit_code = 75
+
+
+class NonFiniteError(SegalignError, ArithmeticError):
+    """Training stopped because losses or gradients stayed non-finite (exit code 70)."""
+
+    exit_code = 70
