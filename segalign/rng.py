@@ -28,9 +28,7 @@ def counter_uniform(purpose: str, *counters: int) -> float:
     return (counter_seed(purpose, *counters) >> 10) / 2**53
 
 
-def counter_normal(
-    purpose: str, counters: Sequence[Sequence[int]], shape: Sequence[int]
-) -> Tensor:
+def counter_normal(purpose: str, counters: Sequence[Sequence[int]], shape: Sequence[int]) -> Tensor:
     """Draw standard normal noise, one independent sample per row of counters.
 
     Args:

@@ -1,0 +1,216 @@
+import copy
+
+import pytest
+import torch
+
+from segalign.errors import ConfigError
+from segalign.text.clip_tower import ClipTower
+
+TEXTS = ["a red cat", "a blue dog sits on the mat", "", "a red cat", "one two three four " * 12]
+
+
+@pytest.fixture
+def make_tower(make_text_model, tokenizer):
+    def make(model=None, **settings):
+        return ClipTower(model or make_text_model(), tokenizer, **settings)
+
+    return make
+
+
+def sequences(tower, texts=TEXTS):
+    return [tower.wrap(tower.word_ids(text)) for text in texts]
+
+
+def count_passes(tower):
+    """Record the shape of the ids of each pass."""
+    shapes = []
+    tower.text_model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+def test_features_equal_the_models_own(make_tower):
+    tower = make_tower()
+    for sequence in sequences(tower):
+        own = tower.text_model(input_ids=torch.tensor([sequence])).last_hidden_state[0]
+        torch.testing.assert_close(tower([sequence])[sequence], own, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_features_are_the_same_to_the_last_bit_in_every_batch(make_tower, num_threads):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        tower = make_tower(cache_bytes=0)
+        many = sequences(tower, [f"{'a red cat ' * (i % 9)} number {i}" for i in range(60)])
+        together = tower(many)
+        for sequence in many[::7]:
+            assert torch.equal(together[sequence], tower([sequence])[sequence])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_equal_sequences_are_encoded_once(make_tower):
+    tower = make_tower(cache_bytes=0)
+    shapes = count_passes(tower)
+    tower(sequences(tower, [chr(ord("a") + i % 20) for i in range(400)]))
+    assert shapes == [(20, 4)]
+
+
+def test_sequences_of_like_length_share_a_pass(make_tower):
+    tower = make_tower(cache_bytes=0, width_step=8)
+    shapes = count_passes(tower)
+    tower(sequences(tower, ["cat " * n for n in range(1, 76)] + ["dog " * n for n in range(1, 76)]))
+    assert [width for _, width in shapes] == [8, 16, 24, 32, 40, 48, 56, 64, 72, 77]
+
+
+def test_passes_are_bounded(make_tower):
+    tower = make_tower(cache_bytes=0, max_pass_tokens=80)
+    shapes = count_passes(tower)
+    tower(sequences(tower, [f"number {i}" for i in range(70)]))
+    assert len(shapes) > 1
+    assert all(rows * width <= 80 for rows, width in shapes)
+
+
+def test_cached_features_are_equal_and_spare_the_model(make_tower):
+    cached, plain = make_tower(), make_tower(cache_bytes=0)
+    shapes = count_passes(cached)
+    first = cached(sequences(cached))
+    num_passes = len(shapes)
+    again = cached(sequences(cached)[::-1])
+    assert len(shapes) == num_passes > 0
+    fresh = plain(sequences(plain))
+    for sequence in sequences(cached):
+        assert torch.equal(first[sequence], fresh[sequence])
+        assert torch.equal(again[sequence], fresh[sequence])
+
+
+def test_cache_memory_is_bounded(make_tower):
+    bound = 20_000
+    tower, plain = make_tower(cache_bytes=bound), make_tower(cache_bytes=0)
+    for i in range(40):
+        (sequence,) = sequences(tower, [f"picture number {i}"])
+        assert torch.equal(tower([sequence])[sequence], plain([sequence])[sequence])
+        assert tower.cached_bytes <= bound
+    assert tower.cached_bytes > bound // 2
+    held = sum(
+        features.untyped_storage().nbytes() for features, _ in tower._features._entries.values()
+    )
+    assert held == tower.cached_bytes  # no view keeps a whole pass alive
+
+
+def features_of(tower, text="a red cat"):
+    (sequence,) = sequences(tower, [text])
+    return tower([sequence])[sequence]
+
+
+def load(tower, other):
+    tower.text_model.load_state_dict(other.state_dict())
+
+
+def assign(tower, other):
+    tower.text_model.load_state_dict(other.state_dict(), assign=True)
+
+
+def write_in_place(tower, other):
+    with torch.no_grad():
+        for weight, new in zip(tower.text_model.parameters(), other.parameters(), strict=True):
+            weight.copy_(new)
+
+
+def write_data(tower, other):
+    for weight, new in zip(tower.text_model.parameters(), other.parameters(), strict=True):
+        weight.data.copy_(new.data)
+    tower.clear_cache()
+
+
+@pytest.mark.parametrize("change", [load, assign, write_in_place, write_data])
+def test_changed_weights_invalidate_the_cache(make_tower, make_text_model, change):
+    tower, other = make_tower(), make_text_model(seed=1)
+    before = features_of(tower)
+    change(tower, other)
+    after = features_of(tower)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, features_of(make_tower(make_text_model(seed=1))))
+
+
+def test_a_cast_invalidates_the_cache(make_tower):
+    tower = make_tower()
+    features_of(tower)
+    assert features_of(tower.double()).dtype == torch.float64
+
+
+def test_autocast_has_its_own_entries(make_tower):
+    tower = make_tower()
+    plain = features_of(tower)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = features_of(tower)
+    assert not torch.equal(plain, rounded)
+    assert torch.equal(plain, features_of(tower))
+
+
+def test_a_trainable_model_is_not_cached_and_has_gradients(make_tower):
+    tower = make_tower()
+    tower.text_model.requires_grad_(True)
+    features_of(tower).sum().backward()
+    assert tower.cached_bytes == 0
+    grads = [weight.grad for weight in tower.text_model.encoder.parameters()]
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+
+
+def test_a_trained_model_is_cached_between_steps_only(make_tower):
+    tower = make_tower()
+    tower.text_model.requires_grad_(True)
+    with torch.no_grad():
+        before = features_of(tower)
+        assert tower.cached_bytes > 0
+    optimizer = torch.optim.SGD(tower.text_model.parameters(), lr=0.1)
+    features_of(tower).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert not torch.equal(before, features_of(tower))
+
+
+def test_dropout_is_not_cached(make_tower, make_text_model):
+    model = make_text_model()
+    model.config.attention_dropout = 0.5
+    for layer in model.encoder.layers:
+        layer.self_attn.dropout = 0.5
+    tower = make_tower(model).train()
+    assert not torch.equal(features_of(tower), features_of(tower))
+
+
+def test_features_made_in_inference_mode_serve_training(make_tower):
+    tower = make_tower()
+    with torch.inference_mode():
+        features_of(tower)
+    scale = torch.ones((), requires_grad=True)
+    (features_of(tower) * scale).sum().backward()
+    assert scale.grad is not None
+
+
+def test_a_copy_does_not_share_the_cache(make_tower):
+    tower = make_tower()
+    features_of(tower)
+    assert copy.deepcopy(tower).cached_bytes == 0
+
+
+def test_end_states_equal_the_models_pooled_output(make_tower, text_model, tokenizer):
+    tower = make_tower()
+    texts = ["a red cat", "a dog", "a red cat", "number " * 100]
+    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    own = text_model(input_ids=batch.input_ids).pooler_output
+    torch.testing.assert_close(tower.end_states(texts), own, rtol=0, atol=5e-6)
+
+
+def test_refuses_a_model_of_another_vocabulary(tokenizer, make_text_model):
+    model = make_text_model()
+    model.config.vocab_size = 1000
+    with pytest.raises(ConfigError, match="49408 tokens; its vocabulary has 1000"):
+        ClipTower(model, tokenizer)
+
+
+def test_refuses_no_text(make_tower):
+    with pytest.raises(ValueError, match="at least one text"):
+        make_tower()([])
