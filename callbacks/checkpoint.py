@@ -1,0 +1,185 @@
+"""Checkpoints in the run format: when they are written, and how Lightning reads them back."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse.typing import PositiveInt
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from typing_extensions import override
+
+from segalign.atomic import make_directory, remove_directory
+from segalign.errors import ConfigError
+from segalign.run_directory import (
+    checkpoint_path,
+    checkpoints_directory,
+    list_checkpoints,
+    prune_checkpoints,
+    remove_stale,
+)
+from segalign.run_format import load_checkpoint, save_checkpoint
+from segalign.trainable import trainable_parameters, trainable_state_dict
+
+_HYPER_PARAMETERS = (
+    "hyper_parameters",
+    "hparams_name",
+    "hparams_type",
+    "datamodule_hyper_parameters",
+    "datamodule_hparams_name",
+    "datamodule_hparams_type",
+)
+_logger = logging.getLogger(__name__)
+
+
+class SafetensorsCheckpointIO(CheckpointIO):
+    """Write Lightning's checkpoint dict as a directory of safetensors and JSON.
+
+    Stored hyper-parameters are left out: the config alone says how a model is built.
+    """
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        tree = {key: value for key, value in checkpoint.items() if key not in _HYPER_PARAMETERS}
+        save_checkpoint(tree, Path(path))
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return load_checkpoint(Path(path))
+
+    @override
+    def remove_checkpoint(self, path: str | Path) -> None:
+        remove_directory(Path(path))
+
+
+class RunCheckpoint(Checkpoint):
+    """Save a run every few optimizer steps and when training ends.
+
+    Only what is trained is saved; frozen weights come from where the config says. A checkpoint is
+    taken at the end of an optimizer step, before a validation at the same step, so that a resumed
+    run goes on with the very next batch.
+
+    Args:
+        every_n_steps: Optimizer steps between two checkpoints.
+        keep: How many of the newest checkpoints to keep, at least 2: were the newest damaged, the
+            one before it could still be used.
+        overwrite: Start over in a run directory that holds checkpoints, which are deleted.
+
+    Raises:
+        ConfigError: If ``keep`` is below 2.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: PositiveInt = 1000,
+        keep: PositiveInt = 2,
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__()
+        if keep < 2:
+            raise ConfigError(f"expected `checkpoint.keep` >= 2; got {keep}. Set it to 2 or more.")
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+        self.overwrite = overwrite
+        self._run_dir = Path()
+        self._saved_step = 0
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the run directory; frozen weights are absent, so loading cannot be strict."""
+        self._run_dir = Path(trainer.default_root_dir)
+        pl_module.strict_loading = False
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tidy up after a killed attempt, and refuse to mix two runs in one directory."""
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        existing = list_checkpoints(self._run_dir) if trainer.ckpt_path is None else []
+        if existing and not self.overwrite:
+            raise ConfigError(
+                f"expected an empty run directory for a new run; `{self._run_dir}` holds "
+                f"`{existing[-1].name}`. Go on with `--ckpt_path auto`, choose another `--run_dir`,"
+                " or start over with `--checkpoint.overwrite true`."
+            )
+        if trainer.is_global_zero:
+            make_directory(checkpoints_directory(self._run_dir))
+            remove_stale(self._run_dir)
+            for path in existing:
+                remove_directory(path)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count optimizer steps from here."""
+        self._saved_step = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save when an optimizer step has just been taken and a checkpoint is due."""
+        step = trainer.global_step
+        is_due = step // self.every_n_steps > self._saved_step // self.every_n_steps
+        if step > self._saved_step and (is_due or step == trainer.max_steps):
+            self._save(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what was trained since the last checkpoint, whatever ended the training."""
+        if trainer.global_step > self._saved_step:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        step = trainer.global_step
+        for logger in trainer.loggers:
+            logger.save()
+        trainer.save_checkpoint(checkpoint_path(self._run_dir, step), weights_only=False)
+        self._saved_step = step
+        if trainer.is_global_zero:
+            prune_checkpoints(self._run_dir, self.keep)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave frozen weights out."""
+        checkpoint["state_dict"] = trainable_state_dict(pl_module, checkpoint["state_dict"])
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Check that every trainable weight was in the checkpoint; loading itself is not strict."""
+        _check_loaded(pl_module, checkpoint["state_dict"])
+
+
+def _check_loaded(pl_module: pl.LightningModule, state: Mapping[str, Any]) -> None:
+    missing = sorted(trainable_parameters(pl_module).keys() - state.keys())
+    if missing:
+        raise ConfigError(
+            f"expected the checkpoint to hold every trained weight; {len(missing)} are missing, "
+            f"`{missing[0]}` first. Use the model settings of the run that wrote it."
+        )
+    known = dict(pl_module.named_parameters(remove_duplicate=False)) | dict(
+        pl_module.named_buffers(remove_duplicate=False)
+    )
+    unknown = sorted(state.keys() - known.keys())
+    if unknown:
+        _logger.warning(
+            "%d weights of the checkpoint are not in the model, `%s` first",
+            len(unknown),
+            unknown[0],
+        )

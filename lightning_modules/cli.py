@@ -1,0 +1,289 @@
+"""The command line of training and evaluation: configs in, a run directory out."""
+
+import argparse
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from omegaconf.errors import InterpolationKeyError
+from typing_extensions import override
+
+from lightning_modules.config_checks import check_config_files, explain_interpolation
+from lightning_modules.short_usage_parser import LayeredConfigFile, ShortUsageParser
+from segalign.atomic import make_directory
+from segalign.errors import ConfigError
+from segalign.run_directory import newest_checkpoint, resolve_checkpoint, stored_step
+
+# Packages whose classes a config may name. A config is data, and must not reach `os` or `pickle`.
+ALLOWED_IMPORTS = (
+    "callbacks",
+    "datamodules",
+    "diffusers",
+    "lightning",
+    "lightning_modules",
+    "open_clip",
+    "peft",
+    "segalign",
+    "torch",
+    "torchmetrics",
+    "transformers",
+)
+# Lightning 2.6 itself calls what jsonargparse 5 and newer PyTorch will drop; both are bounded in
+# pyproject.toml, so its users need not read about it.
+_KNOWN_WARNINGS = (
+    r"(?s).*JSONARGPARSE_DEPRECATION_WARNINGS",
+    r"(?s).*instantiate_classes",
+    r"(?s).*add_instantiator",
+    r"(?s).*skip_none",
+    r".*isinstance\(treespec, LeafSpec\)",
+)
+_PEEKING: dict[str, Any] = {"add_help": False, "allow_abbrev": False, "exit_on_error": False}
+_STAGES = ("fit", "validate", "test", "predict")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParts:
+    """What every run has besides its model and data; ``main.py`` chooses it.
+
+    Attributes:
+        checkpoint: Callback class whose arguments become the ``checkpoint`` key.
+        checkpoint_io: Makes the plugin that reads and writes checkpoints.
+        run_config: Makes the writer of the run's record, from the resolved config, the command
+            line and the names of the config files.
+        step_rng: Makes the callback that seeds training steps, from the seed.
+        progress_bar: Makes the progress bar.
+        loggers: Makes the loggers, from run directory, subcommand and first optimizer step.
+    """
+
+    checkpoint: type[Callback]
+    checkpoint_io: Callable[[], CheckpointIO]
+    run_config: Callable[[dict[str, Any], list[str], list[str]], Callback]
+    step_rng: Callable[[int], Callback]
+    progress_bar: Callable[[], ProgressBar]
+    loggers: Callable[[Path, str, int], list[Logger]]
+
+
+class SegalignCLI(LightningCLI):
+    """LightningCLI with layered configs, one run directory, and no hidden sources of settings.
+
+    Args:
+        parts: What every run has besides its model and data.
+        args: Command line after the program's name.
+        command: The same with what the parser does not see, for the run's record.
+        sources: The config files that the command line names, in their order.
+    """
+
+    def __init__(
+        self,
+        parts: RunParts,
+        args: Sequence[str],
+        *,
+        command: Sequence[str],
+        sources: Sequence[Path],
+    ) -> None:
+        self.parts = parts
+        self.command = list(command)
+        self.sources = sources
+        self.checkpoint: Path | None = None
+        parser_mode = {"parser_mode": "omegaconf+"}
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            save_config_callback=None,
+            trainer_defaults={"use_distributed_sampler": False},
+            parser_kwargs={**parser_mode, **{stage: dict(parser_mode) for stage in _STAGES}},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=list(args),
+        )
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        skipped = LightningCLI.subcommands()
+        return {stage: {*skipped[stage], "weights_only"} for stage in _STAGES}
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = ShortUsageParser(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=LayeredConfigFile,
+            help="Config file; give several to layer them.",
+        )
+        return parser
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir",
+            type=str,
+            default="runs/default",
+            help="Directory of all that this run writes: config, logs, checkpoints, samples.",
+        )
+        parser.add_argument(
+            "--vars",
+            type=dict[str, Any],
+            default={},
+            help="Values that several settings share, used as ${vars.NAME}.",
+        )
+        parser.add_lightning_class_args(self.parts.checkpoint, "checkpoint")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        parsers = [p for p in self._subcommand_parsers.values() if isinstance(p, ShortUsageParser)]
+        targets = {target for subparser in parsers for target in subparser.link_targets}
+        files = [path for path in self.sources if path.is_file()]
+        check_config_files(files, sorted(targets))
+        for each in [parser, *parsers]:
+            assert isinstance(each, ShortUsageParser)
+            each.config_files = files
+            each.known_keys = [a.dest for subparser in parsers for a in subparser._actions]
+        try:
+            self.config = parser.parse_args(args)
+        except InterpolationKeyError as error:
+            raise ConfigError(explain_interpolation(error)) from error
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: hyper-parameters stored in a checkpoint never beat the config."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        self.run_dir = Path(self._setting("run_dir"))
+        if self.subcommand == "fit":
+            make_directory(self.run_dir)
+        self.checkpoint = self._find_checkpoint(self._setting("ckpt_path"))
+
+    def _setting(self, key: str) -> Any:
+        return self._get(self.config, key)
+
+    def _find_checkpoint(self, wanted: Any) -> Path | None:
+        if wanted is None:
+            return None
+        if str(wanted) != "auto":
+            return resolve_checkpoint(Path(wanted))
+        found = newest_checkpoint(self.run_dir)
+        if found is None and self.subcommand != "fit":
+            raise ConfigError(
+                f"expected a checkpoint for `--ckpt_path auto`; found none in `{self.run_dir}`. "
+                f"Train first, or give a checkpoint to `{self.subcommand}`."
+            )
+        return found
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        settings = self._get(self.config_init, "trainer")
+        callbacks = _as_list(settings["callbacks"])
+        seed = self._setting("seed_everything")
+        sources = [str(path) for path in self.sources]
+        callbacks += [
+            self.parts.run_config(self._plain_config(), self.command, sources),
+            self.parts.step_rng(int(seed)),
+        ]
+        if settings["enable_progress_bar"] is not False and not any(
+            isinstance(callback, ProgressBar) for callback in callbacks
+        ):
+            callbacks.append(self.parts.progress_bar())
+        plugins = _as_list(settings["plugins"])
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(self.parts.checkpoint_io())
+        return super().instantiate_trainer(
+            callbacks=callbacks,
+            plugins=plugins,
+            logger=self._loggers(settings["logger"]),
+            default_root_dir=str(self.run_dir),
+            **kwargs,
+        )
+
+    def _loggers(self, configured: Any) -> list[Logger] | bool:
+        """Add our loggers to the configured ones, but for kinds that are configured already."""
+        if configured is False:
+            return False
+        theirs = [] if configured in (None, True) else _as_list(configured)
+        step = 0 if self.checkpoint is None else stored_step(self.checkpoint)
+        ours = self.parts.loggers(self.run_dir, str(self.subcommand), step)
+        kinds = (TensorBoardLogger, CSVLogger)
+        taken = {kind for kind in kinds for logger in theirs if isinstance(logger, kind)}
+        return theirs + [logger for logger in ours if not isinstance(logger, tuple(taken))]
+
+    def _plain_config(self) -> dict[str, Any]:
+        parser = self._parser(self.subcommand)
+        text = parser.dump(self.config[self.subcommand], format="yaml", skip_unset=False)
+        return dict(yaml.safe_load(text))
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self.checkpoint}
+
+
+def run(argv: Sequence[str], parts: RunParts) -> SegalignCLI:
+    """Run a subcommand.
+
+    Args:
+        argv: Arguments after the program's name. ``--allow_import PACKAGE`` (repeatable) lets
+            configs name classes of one more package; it works on the command line only, so that a
+            config cannot permit itself anything.
+        parts: See ``RunParts``.
+    """
+    known, rest = _peek(argv)
+    extra = [name for name in known.allow_import if name not in ALLOWED_IMPORTS]
+    set_parsing_settings(
+        omegaconf_absolute_to_relative_paths=True,
+        import_path_denylist=["*"],
+        import_path_allowlist=[*ALLOWED_IMPORTS, *extra],
+    )
+    try:
+        with warnings.catch_warnings(), _without_tips():
+            for message in _KNOWN_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            sources = [Path(source) for source in known.config]
+            return SegalignCLI(parts, rest, command=argv, sources=sources)
+    finally:
+        if extra:
+            set_parsing_settings(import_path_denylist=extra)
+
+
+@contextlib.contextmanager
+def _without_tips() -> Iterator[None]:
+    """Keep Lightning from advertising other packages."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+    def is_no_tip(record: logging.LogRecord) -> bool:
+        return "Tip: For seamless cloud" not in record.getMessage()
+
+    logger.addFilter(is_no_tip)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_tip)
+
+
+def _peek(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Take ``--allow_import`` out of a command line, and see which config files it names."""
+    permissions = argparse.ArgumentParser(**_PEEKING)
+    permissions.add_argument("--allow_import", action="append", default=[])
+    permitted, rest = permissions.parse_known_args(argv)
+    configs = argparse.ArgumentParser(**_PEEKING)
+    configs.add_argument("--config", "-c", action="append", default=[])
+    return configs.parse_known_args(rest, permitted)[0], rest
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,75 @@
+import csv
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from callbacks.run_loggers import RunCSVLogger, run_loggers
+from segalign.errors import StorageError
+
+
+def rows(logger: RunCSVLogger) -> list[dict[str, str]]:
+    with logger.metrics_file.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_are_on_disk_at_once_and_columns_grow(tmp_path):
+    logger = RunCSVLogger(tmp_path / "logs")
+    logger.log_metrics({"b": torch.tensor(1.5), "a": 1, "epoch": 0}, 0)
+    assert rows(logger) == [{"step": "0", "epoch": "0", "a": "1", "b": "1.5"}]
+    logger.log_metrics({"val/x": 0.1 + 0.2}, 1)
+    assert rows(logger) == [
+        {"step": "0", "epoch": "0", "a": "1", "b": "1.5", "val/x": ""},
+        {"step": "1", "epoch": "", "a": "", "b": "", "val/x": "0.30000000000000004"},
+    ]
+
+
+def test_a_resumed_run_keeps_the_past_and_repeats_the_rest(tmp_path):
+    logger = RunCSVLogger(tmp_path)
+    for step in range(6):
+        logger.log_metrics({"loss": step / 10}, step)
+    resumed = RunCSVLogger(tmp_path, resume_step=4)
+    resumed.log_metrics({"loss": 0.4, "new": 1}, 4)
+    assert [(row["step"], row["loss"], row["new"]) for row in rows(resumed)] == [
+        ("0", "0.0", ""),
+        ("1", "0.1", ""),
+        ("2", "0.2", ""),
+        ("3", "0.3", ""),
+        ("4", "0.4", "1"),
+    ]
+
+
+def test_a_new_run_starts_a_new_table(tmp_path):
+    RunCSVLogger(tmp_path).log_metrics({"loss": 1}, 0)
+    fresh = RunCSVLogger(tmp_path)
+    fresh.log_metrics({"other": 2}, 0)
+    assert rows(fresh) == [{"step": "0", "epoch": "", "other": "2"}]
+
+
+def test_a_row_that_a_kill_cut_off_is_dropped(tmp_path):
+    logger = RunCSVLogger(tmp_path)
+    logger.log_metrics({"a": 1, "b": 2}, 0)
+    with logger.metrics_file.open("a") as file:
+        file.write("1,,3")
+    resumed = RunCSVLogger(tmp_path, resume_step=9)
+    resumed.log_metrics({"a": 4, "b": 5}, 9)
+    assert [row["step"] for row in rows(resumed)] == ["0", "9"]
+
+
+def test_an_unwritable_place_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="Not a directory"):
+        RunCSVLogger(tmp_path / "file" / "logs").log_metrics({"a": 1}, 0)
+
+
+def test_a_run_has_both_loggers_under_its_directory(tmp_path):
+    tensorboard, table = run_loggers(tmp_path, "fit", 0)
+    assert isinstance(tensorboard, TensorBoardLogger)
+    assert tensorboard.log_dir == table.log_dir == str(tmp_path / "logs")
+    tensorboard, table = run_loggers(tmp_path, "validate", 0)
+    assert tensorboard.log_dir == table.log_dir == str(tmp_path / "logs" / "validate")
+
+
+def test_tensorboard_purges_what_a_resumed_run_repeats(tmp_path):
+    assert run_loggers(tmp_path, "fit", 7)[0]._kwargs["purge_step"] == 7
+    assert run_loggers(tmp_path, "fit", 0)[0]._kwargs["purge_step"] is None

@@ -1,0 +1,99 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import webdataset
+
+from segalign.commands.shards import run
+
+
+def test_scenes_are_packed_verified_and_shown(tmp_path, capsys):
+    out = str(tmp_path / "shards")
+    size = ["--world", "2x2", "--count", "5", "--samples-per-shard", "2"]
+    assert run(["pack", "scenes", out, *size]) == 0
+    shown = capsys.readouterr()
+    assert "num packed  5" in shown.out
+    assert "set aside   none" in shown.out
+    assert "packing: 5 of 5" in shown.err
+    assert run(["verify", out, "--decode", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["num_decoded"], report["sound"]) == (5, True)
+
+
+def test_foreign_shards_are_indexed_once(tmp_path, capsys):
+    with webdataset.ShardWriter(str(tmp_path / "x-%d.tar"), verbose=0) as writer:
+        writer.write({"__key__": "a", "txt": "a"})
+    assert run(["index", str(tmp_path)]) == 0
+    assert "samples   1" in capsys.readouterr().out
+    assert run(["index", str(tmp_path)]) == 65
+    assert "error: a folder without a manifest was expected; " in capsys.readouterr().err
+    assert run(["index", str(tmp_path), "--force"]) == 0
+
+
+def test_folder_jsonl_and_preferences(tmp_path, capsys):
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (4, 4)).save(images / "a.png")
+    (images / "a.txt").write_text("a")
+    Image.new("RGB", (4, 4)).save(images / "b.png")
+    assert run(["pack", "folder", str(images), str(tmp_path / "1"), "--check", "full"]) == 0
+    shown = capsys.readouterr().out
+    assert "set aside   caption_missing: 1" in shown
+    assert "examples    b.png | caption_missing | there is no `txt`" in shown
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"caption": "a", "path": "a.png"}\n')
+    root = ["--image-root", str(images)]
+    assert run(["pack", "jsonl", str(lines), str(tmp_path / "2"), *root]) == 0
+    lines.write_text('{"caption": "a", "path_0": "a.png", "path_1": "b.png", "label": 1}\n')
+    assert run(["pack", "preferences", str(lines), str(tmp_path / "3"), *root]) == 0
+
+
+def test_defects_end_with_65(tmp_path, capsys):
+    out = tmp_path / "shards"
+    assert run(["pack", "scenes", str(out), "--world", "2x2", "--count", "2"]) == 0
+    (out / "shard-000000.tar").unlink()
+    assert run(["verify", str(out)]) == 65
+    assert "`shard-000000.tar` is missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["pack", "scenes", "OUT", "--world", "9x9"], 78, "error: expected a world among"),
+        (["pack", "scenes", "OUT", "--count", "0"], 78, "error: Parser key"),
+        (["pack", "scenes", "OUT", "--typo", "0"], 78, "error: unrecognized arguments: --typo"),
+        (["pack", "folder", "NOWHERE", "OUT"], 65, "error: a folder of images was expected;"),
+        (["pack", "scenes", "FILE/x"], 75, "error: expected to be able to write"),
+        (["verify", "NOWHERE"], 65, "error: a folder of shards was expected;"),
+        (["verify", "EMPTY"], 65, "error: `EMPTY` must hold `manifest.jsonl`; it has none; run"),
+        (["nonsense"], 78, "error: argument pack | index | verify: invalid choice: 'nonsense'"),
+    ],
+)
+def test_errors_are_one_line_with_a_code(tmp_path, monkeypatch, capsys, argv, code, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FILE").touch()
+    assert run(argv) == code
+    error = capsys.readouterr().err
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["pack", "scenes", "--help"], ["verify", "--help"]])
+def test_help_imports_neither_torch_nor_lightning(repository, argv):
+    code = (
+        "import sys\nfrom segalign.commands.shards import run\n"
+        f"try: run({argv})\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'lightning', 'numpy', 'PIL'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, capture_output=True)
+
+
+def test_packing_and_verifying_images_needs_no_torch(repository):
+    modules = "sources jsonl_sources packing manifest order verify images captions tarfiles"
+    imports = "".join(f"import segalign.data.{name}\n" for name in modules.split())
+    code = f"import sys\n{imports}assert 'torch' not in sys.modules\n"
+    subprocess.run([sys.executable, "-c", code], cwd=repository, check=True)

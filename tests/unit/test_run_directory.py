@@ -1,0 +1,108 @@
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from segalign.atomic import temporary_sibling
+from segalign.errors import ConfigError, DataError
+from segalign.run_directory import (
+    checkpoint_path,
+    checkpoint_step,
+    describe_files,
+    list_checkpoints,
+    newest_checkpoint,
+    prune_checkpoints,
+    remove_stale,
+    resolve_checkpoint,
+    stored_step,
+)
+
+
+def make_checkpoint(run_dir: Path, step: int) -> Path:
+    path = checkpoint_path(run_dir, step)
+    path.mkdir(parents=True)
+    (path / "state.json").write_text(json.dumps({"global_step": step}))
+    meta = {"format_version": 1, "files": describe_files(path)}
+    (path / "meta.json").write_text(json.dumps(meta))
+    return path
+
+
+def test_names_and_steps():
+    path = checkpoint_path(Path("run"), 1000)
+    assert path == Path("run/checkpoints/step-00001000")
+    assert checkpoint_step(path) == 1000
+    assert checkpoint_step(checkpoint_path(Path("run"), 10**9)) == 10**9
+    assert checkpoint_step(Path("run/checkpoints/.step-00001000.tmp-1")) == -1
+
+
+def test_newest_is_by_step_and_whole(run_dir, caplog):
+    first, second, third = (make_checkpoint(run_dir, step) for step in (9, 100, 1000))
+    assert newest_checkpoint(run_dir) == third
+    (third / "state.json").write_text("damaged")
+    with caplog.at_level(logging.WARNING):
+        assert newest_checkpoint(run_dir) == second
+    assert "step-00001000" in caplog.text
+    assert len(caplog.records) == 1
+    (second / "meta.json").unlink()
+    (first / "state.json").unlink()
+    assert newest_checkpoint(run_dir) is None
+
+
+def test_no_run_has_no_checkpoint(run_dir):
+    assert list_checkpoints(run_dir) == []
+    assert newest_checkpoint(run_dir) is None
+
+
+def test_a_checkpoint_is_found_from_three_places(run_dir):
+    make_checkpoint(run_dir, 1)
+    newest = make_checkpoint(run_dir, 2)
+    for place in (newest, newest.parent, run_dir):
+        assert resolve_checkpoint(place) == newest
+
+
+def test_a_moved_checkpoint_is_accepted_by_its_content(run_dir, tmp_path):
+    moved = make_checkpoint(run_dir, 1).rename(tmp_path / "best")
+    assert resolve_checkpoint(moved) == moved
+
+
+@pytest.mark.parametrize(
+    ("place", "found"), [("nowhere", "nothing"), ("empty", "no whole checkpoint")]
+)
+def test_a_wrong_place_is_one_line(tmp_path, place, found):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=f"found {found} at"):
+        resolve_checkpoint(tmp_path / place)
+
+
+def test_pruning_keeps_the_newest(run_dir):
+    for step in (1, 2, 10, 20):
+        make_checkpoint(run_dir, step)
+    prune_checkpoints(run_dir, 2)
+    assert [checkpoint_step(path) for path in list_checkpoints(run_dir)] == [10, 20]
+
+
+def test_stale_temporaries_are_removed_and_logged(run_dir, caplog):
+    remove_stale(run_dir)  # nothing there yet
+    path = make_checkpoint(run_dir, 1)
+    stale = temporary_sibling(checkpoint_path(run_dir, 2))
+    stale.mkdir()
+    with caplog.at_level(logging.WARNING):
+        remove_stale(run_dir)
+    assert list(path.parent.iterdir()) == [path]
+    assert stale.name in caplog.text
+
+
+def test_stored_step(run_dir):
+    path = make_checkpoint(run_dir, 31)
+    assert stored_step(path) == 31
+    (path / "state.json").write_text("[]")
+    with pytest.raises(DataError, match=r"state\.json"):
+        stored_step(path)
+
+
+def test_looking_at_runs_needs_no_torch(repository):
+    code = "import sys, segalign.run_directory; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=repository, check=False).returncode == 0
