@@ -1,0 +1,69 @@
+"""Write predicted images, one file for each caption of a shard."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL import Image
+from torch import Tensor
+from typing_extensions import override
+
+from segalign.errors import StorageError
+from segalign.pictures import to_uint8
+from segalign.types import CaptionBatch
+
+
+class ImageWriter(BasePredictionWriter):
+    """Write ``predictions/XXXXXXXX.png`` and a line of ``captions-rank-R.jsonl`` per caption.
+
+    A file is named after the sample's position in the manifest, never after text from the data.
+
+    Args:
+        folder: Folder below the run directory.
+    """
+
+    def __init__(self, folder: str = "predictions") -> None:
+        super().__init__(write_interval="batch")
+        self.folder = folder
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the folder, and start this rank's list of captions anew."""
+        try:
+            self._folder(trainer).mkdir(parents=True, exist_ok=True)
+            self._captions(trainer).write_text("")
+        except OSError as error:
+            raise StorageError(
+                f"expected to write to `{self._folder(trainer)}`; got {error.strerror}. "
+                "Choose another `run_dir`."
+            ) from error
+
+    @override
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Tensor,
+        batch_indices: Sequence[int] | None,
+        batch: CaptionBatch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the valid rows of one batch."""
+        lines: list[dict[str, Any]] = []
+        for row, sample_id in enumerate(batch["sample_ids"].tolist()):
+            if batch["valid"][row]:
+                name = f"{sample_id:08d}.png"
+                Image.fromarray(to_uint8(prediction[row])).save(self._folder(trainer) / name)
+                lines.append({"file": name, "caption": batch["captions"][row]})
+        with self._captions(trainer).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / self.folder
+
+    def _captions(self, trainer: pl.Trainer) -> Path:
+        return self._folder(trainer) / f"captions-rank-{trainer.global_rank}.jsonl"

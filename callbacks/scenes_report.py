@@ -1,0 +1,166 @@
+"""Before and after: what fine-tuning on long captions has changed, as a table and a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from typing_extensions import override
+
+from segalign.atomic import write_text_atomic
+from segalign.diffusion.generator import Weights
+from segalign.pictures import Panel, panel_grid
+from segalign.scenes.evaluation import score_generator
+from segalign.scenes.grammar import CaptionLength
+from segalign.scenes.samples import SceneSample, make_sample
+from segalign.text.settings import TextEncoding
+from segalign.text.tokenizer import clip_tokenizer
+
+# The stream of the report's scenes; training streams are seeded by small numbers.
+REPORT_STREAM = 2**40
+COLUMNS = ("attributes", "attributes/within_77", "attributes/past_77")
+
+
+class ScenesReport(Callback):
+    """Score the model on new scenes before and after training, and print both.
+
+    The truncated encoding is scored with the same weights, for comparison: it is evaluated only,
+    never trained here. The table is ``report.md`` in the run directory, the picture ``report.png``.
+
+    Args:
+        world: World of the scenes.
+        num_captions: Captions of each length that are scored.
+        num_pictures: Prompts in the picture.
+        batch_size: Pictures made at once.
+        eval_seed: Seed of the pictures' noise.
+        weights: Weights that are scored after training.
+    """
+
+    def __init__(
+        self,
+        world: str = "3x3",
+        num_captions: PositiveInt = 96,
+        num_pictures: PositiveInt = 6,
+        batch_size: PositiveInt = 96,
+        eval_seed: int = 1234,
+        weights: Weights = "raw",
+    ) -> None:
+        super().__init__()
+        self.world = world
+        self.num_captions = num_captions
+        self.num_pictures = num_pictures
+        self.batch_size = batch_size
+        self.eval_seed = eval_seed
+        self.weights = weights
+        self.rows: dict[str, dict[str, float]] = {}
+        self._before: Tensor | None = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Score the base, unless a checkpoint has brought its score."""
+        if not self.rows:
+            Console().print("Scoring the base model ...")
+            self._before = self._score_all(pl_module, "before", "raw")
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Score the trained model and write the report."""
+        Console().print("Scoring the trained model ...")
+        after = self._score_all(pl_module, "after", self.weights)
+        if trainer.is_global_zero:
+            self._write(Path(trainer.default_root_dir), after)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "before": self._before}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self._before = state_dict["rows"], state_dict["before"]
+
+    def _score_all(self, pl_module: pl.LightningModule, when: str, weights: Weights) -> Tensor:
+        """Fill the rows of one moment; return the first pictures of the long captions."""
+        truncated = TextEncoding(kind="truncated", mask_padding=pl_module.text.mask_padding)
+        with pl_module.text_encoding(truncated):
+            for length in ("long", "short"):
+                self._score(pl_module, when, "truncated (evaluated only)", length, weights)
+        own = f"{pl_module.text.kind} (trained)"
+        self._score(pl_module, when, own, "short", weights)
+        return self._score(pl_module, when, own, "long", weights)
+
+    def _score(
+        self,
+        pl_module: pl.LightningModule,
+        when: str,
+        encoding: str,
+        length: CaptionLength,
+        weights: Weights,
+    ) -> Tensor:
+        pictures: list[Tensor] = []
+
+        def generate(captions: Sequence[str], sample_ids: Sequence[int]) -> Tensor:
+            images = pl_module.generate(captions, sample_ids, self.eval_seed, weights)
+            pictures.extend(images.cpu()[: self.num_pictures - len(pictures)])
+            return images
+
+        score = score_generator(generate, self._samples(length), clip_tokenizer(), self.batch_size)
+        row = self.rows.setdefault(f"{length} captions | {encoding}", {})
+        chance = score.chance_accuracies()
+        row |= {f"{when} {name}": value for name, value in score.accuracies().items()}
+        row |= {f"{when} chance {name}": value for name, value in chance.items()}
+        return torch.stack(pictures)
+
+    def _samples(self, length: CaptionLength) -> list[SceneSample]:
+        return [
+            make_sample(self.world, REPORT_STREAM, index, length=length)
+            for index in range(self.num_captions)
+        ]
+
+    def _write(self, run_dir: Path, after: Tensor) -> None:
+        console = Console()
+        console.print(self._table())
+        write_text_atomic(run_dir / "report.md", self._markdown())
+        picture = run_dir / "report.png"
+        assert self._before is not None
+        panels = [
+            Panel([before, now], ["before", "after"], sample.caption)
+            for before, now, sample in zip(self._before, after, self._samples("long"), strict=False)
+        ]
+        panel_grid(panels, columns=3, side=140, max_lines=14).save(picture)
+        console.print(f"Prompts with images before and after: {picture}")
+
+    def _cells(self) -> list[list[str]]:
+        return [
+            [name, *(self._cell(row, column) for column in COLUMNS)]
+            for name, row in sorted(self.rows.items())
+        ]
+
+    def _cell(self, row: dict[str, float], column: str) -> str:
+        if f"after {column}" not in row:
+            return "-"
+        chance = row.get(f"after chance {column}", float("nan"))
+        return f"{row[f'before {column}']:.3f} -> {row[f'after {column}']:.3f} ({chance:.2f})"
+
+    def _table(self) -> Table:
+        table = Table(title="Attribute accuracy: before -> after (chance)")
+        for heading in ("", "all", "within 77 tokens", "past token 77"):
+            table.add_column(heading)
+        for cells in self._cells():
+            table.add_row(*cells)
+        return table
+
+    def _markdown(self) -> str:
+        lines = [
+            "Attribute accuracy, before -> after (chance):",
+            "",
+            "| captions | encoding | all | within 77 tokens | past token 77 |",
+            "|---|---|---|---|---|",
+            *(f"| {' | '.join(cells)} |" for cells in self._cells()),
+        ]
+        return "\n".join(lines) + "\n"

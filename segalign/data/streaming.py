@@ -1,0 +1,136 @@
+"""Stream shards that have no manifest: endless, seeded, and with fewer promises.
+
+The order depends on the numbers of ranks and workers, a resumed run does not continue where it
+stopped, and nothing tells that samples are missing.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+import webdataset
+from torch.utils.data import IterableDataset, get_worker_info
+
+from segalign.data.manifest import MANIFEST_NAME
+from segalign.data.order import BatchPlan, EpochOrder
+from segalign.data.transforms import CollateRows, DecodeRow, RawSample
+from segalign.errors import ConfigError, DataError
+
+_SHUFFLE_BUFFER: Final = 1000
+_logger = logging.getLogger(__name__)
+
+
+def stream_urls(shards: str, *, allow_pipe: bool) -> list[str]:
+    """List the shards of a folder, or those that a brace pattern or URL names.
+
+    Raises:
+        ConfigError: If a ``pipe:`` URL comes up that is not allowed, or there is a manifest.
+        DataError: If there is none.
+    """
+    folder = Path(shards)
+    if (folder / MANIFEST_NAME).exists():
+        raise ConfigError(
+            f"`samples_per_epoch` is for streams without a manifest; `{shards}` has one; "
+            f"remove the setting"
+        )
+    if folder.is_dir():
+        urls = [str(path) for path in sorted(folder.glob("[!.]*.tar"))]
+    else:
+        urls = list(webdataset.SimpleShardList(shards).urls)
+    if any(url.strip().startswith("pipe:") for url in urls) and not allow_pipe:
+        raise ConfigError(
+            f"`pipe:` shards run shell commands and need `allow_pipe: true`; got `{shards}`; "
+            f"set it if you trust this config"
+        )
+    if not urls:
+        raise DataError(f"`{shards}` must name `*.tar` shards; it names none; check the path")
+    return urls
+
+
+class ShardStream(IterableDataset[RawSample]):
+    """Yield raw samples from an endless chain of shard permutations.
+
+    The streams of all workers of all ranks take the shards of the chain in turn.
+
+    Args:
+        urls: The shards.
+        plan: Tells rank and batch sizes; only used to number epochs and streams.
+        samples_per_epoch: Samples after which an epoch is counted, over all ranks.
+        seed: Seed of the order.
+        start: Number of the first micro-batch.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        plan: BatchPlan,
+        *,
+        samples_per_epoch: int,
+        seed: int = 0,
+        start: int = 0,
+    ) -> None:
+        self._urls = urls
+        self._plan = plan
+        self._samples_per_epoch = samples_per_epoch
+        self._seed = seed
+        self._start = start
+
+    def __iter__(self) -> Iterator[RawSample]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        stream = self._plan.global_rank * num_workers + worker
+        num_streams = self._plan.world_size * num_workers
+        shards = ({"url": url} for url in self._chain(stream, num_streams))
+        samples = webdataset.tarfile_to_samples(handler=_log_and_continue)(shards)
+        seed = f"{self._seed}/{self._start}/{stream}"
+        shuffled = webdataset.shuffle(_SHUFFLE_BUFFER, initial=100, seed=seed)(samples)
+        yield from self._number(shuffled, worker, num_workers)
+
+    def _chain(self, stream: int, num_streams: int) -> Iterator[str]:
+        order = EpochOrder(
+            [1] * len(self._urls), seed=self._seed + self._start, shuffle_window=len(self._urls)
+        )
+        position = stream
+        while True:
+            yield self._urls[order.locate(position)[1]]
+            position += num_streams
+
+    def _number(
+        self, samples: Iterable[RawSample], worker: int, num_workers: int
+    ) -> Iterator[RawSample]:
+        """Give each sample an id from its shard and key, and the epoch it counts to."""
+        size = self._plan.batch_size
+        for count, sample in enumerate(samples):
+            micro_batch = self._start + worker + count // size * num_workers
+            position = self._plan.positions(micro_batch)[count % size]
+            sample["__index__"] = _stable_id(sample["__url__"], sample["__key__"])
+            sample["__epoch__"] = position // self._samples_per_epoch
+            yield sample
+
+
+def stream_pipeline(
+    stream: ShardStream, decode: DecodeRow, collate: CollateRows, batch_size: int
+) -> webdataset.DataPipeline:
+    """Chain stream, decoder and collation, and say what streaming cannot promise."""
+    _logger.warning(
+        "streaming shards without a manifest: the order depends on ranks and workers, a resumed "
+        "run does not continue the sequence, and lost samples go unnoticed; "
+        "`shards index` lifts all three"
+    )
+    return webdataset.DataPipeline(
+        stream,
+        webdataset.map(decode),
+        webdataset.batched(batch_size, collation_fn=collate, partial=False),
+    )
+
+
+def _stable_id(url: str, key: str) -> int:
+    digest = hashlib.blake2b(f"{url}\0{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _log_and_continue(err: Exception) -> bool:
+    _logger.warning("a shard could not be read to its end: %s", str(err).splitlines()[:1])
+    return True

@@ -1,0 +1,147 @@
+"""Image generation from captions: one interface for grids, oracles, metrics and commands.
+
+Dims: B batch, L text tokens, D text width, H/W pixels, c/h/w latents.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from segalign.diffusion.latents import LatentCodec
+from segalign.diffusion.sampler import DDIMSampler
+from segalign.diffusion.schedule import NoiseSchedule
+from segalign.rng import counter_normal
+from segalign.text.conditioning import TextConditioner, TextConditioning
+
+Weights = Literal["raw", "ema"]
+
+
+class ImageGenerator(Protocol):
+    """Whatever makes images from captions."""
+
+    def generate(
+        self,
+        captions: Sequence[str],
+        sample_ids: Sequence[int],
+        eval_seed: int,
+        weights: Weights = "raw",
+    ) -> Tensor:
+        """Make one image for each caption.
+
+        Args:
+            captions: ``B`` captions.
+            sample_ids: ``B`` integers; with ``eval_seed`` they alone decide an image's noise.
+            eval_seed: Seed of the evaluation.
+            weights: The trained weights, or their moving average.
+
+        Returns:
+            Float images in [0, 1], ``(B, 3, H, W)``. No gradient, and no effect on training.
+        """
+        ...
+
+
+class TextToImage:
+    """Generation with a denoising network, a text conditioner and a codec.
+
+    Args:
+        unet: Network ``unet(latents, timestep, encoder_hidden_states=...)``.
+        conditioner: Text encoder.
+        codec: Latent codec.
+        schedule: Noise levels and parameterisation.
+        image_size: Side of an image in pixels.
+        mask_padding: Hide the padding of the text from the network.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        conditioner: TextConditioner,
+        codec: LatentCodec,
+        schedule: NoiseSchedule,
+        *,
+        image_size: int,
+        mask_padding: bool,
+    ) -> None:
+        self.unet = unet
+        self.conditioner = conditioner
+        self.codec = codec
+        self.schedule = schedule
+        self.image_size = image_size
+        self.mask_padding = mask_padding
+
+    def with_text(self, conditioner: TextConditioner, *, mask_padding: bool) -> "TextToImage":
+        """Return the same generator with another text encoder."""
+        return TextToImage(
+            self.unet,
+            conditioner,
+            self.codec,
+            self.schedule,
+            image_size=self.image_size,
+            mask_padding=mask_padding,
+        )
+
+    def predict(self, latents: Tensor, timesteps: Tensor, text: TextConditioning) -> Tensor:
+        """Call the network.
+
+        Args:
+            latents: Noisy latents ``(B, c, h, w)``.
+            timesteps: int64 ``(B,)`` or scalar.
+            text: Conditioning of the ``B`` captions.
+        """
+        embeds, mask = text.prompt_embeds, None
+        if self.mask_padding:
+            # Masked positions change nothing, so those that are masked in all rows can go.
+            length = max(text.report.kept_tokens)
+            embeds, mask = embeds[:, :length], text.attention_mask[:, :length]
+        output: Tensor = self.unet(
+            latents, timesteps, encoder_hidden_states=embeds, encoder_attention_mask=mask
+        ).sample
+        return output
+
+    def sample(self, captions: Sequence[str], noise: Tensor, sampler: DDIMSampler) -> Tensor:
+        """Turn noise into images under classifier-free guidance; no gradient.
+
+        Args:
+            captions: ``B`` captions.
+            noise: Standard normal latents ``(B, c, h, w)``.
+            sampler: Steps and guidance.
+
+        Returns:
+            Images in [0, 1], clamped, ``(B, 3, H, W)``.
+        """
+        with torch.no_grad():
+            positive = self.conditioner(captions)
+            negative = self.conditioner.encode_empty(len(captions))
+
+            def denoise(latents: Tensor, timestep: int) -> Tensor:
+                at = torch.tensor(timestep, device=latents.device)
+                guided = self.predict(latents, at, positive)
+                if sampler.guidance_scale == 1:
+                    return guided
+                unguided = self.predict(latents, at, negative)
+                return unguided + sampler.guidance_scale * (guided - unguided)
+
+            latents = sampler.sample(denoise, noise, self.schedule)
+            return self.codec.decode(latents).float().clamp(0, 1)
+
+    def noise(self, sample_ids: Sequence[int], eval_seed: int) -> Tensor:
+        """Draw starting latents that depend on the seed and each sample's id alone."""
+        counters = [(eval_seed, sample_id) for sample_id in sample_ids]
+        shape = self.codec.latent_shape(self.image_size, self.image_size)
+        return counter_normal("generate", counters, shape)
+
+
+@contextlib.contextmanager
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """Put modules in eval mode, and restore every submodule's own flag afterwards."""
+    flags = {part: part.training for module in modules for part in module.modules()}
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, flag in flags.items():
+            part.training = flag

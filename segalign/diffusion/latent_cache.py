@@ -1,0 +1,53 @@
+"""A bounded memory of encoded training images."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from segalign.diffusion.latents import LatentCodec
+
+
+class LatentCache:
+    """Keep the latents of images that were encoded before, by sample id.
+
+    Only right where an id always shows the same pixels, that is without random augmentation.
+    When the memory is full, further images are simply encoded each time.
+
+    Args:
+        max_bytes: Bound on the memory; 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._latents: dict[int, Tensor] = {}
+
+    def encode(self, codec: LatentCodec, images: Tensor, sample_ids: Sequence[int]) -> Tensor:
+        """Encode images, or recall their latents.
+
+        Args:
+            codec: The codec.
+            images: Float in [0, 1], ``(B, 3, H, W)``.
+            sample_ids: ``B`` ids.
+
+        Returns:
+            Latents ``(B, c, h, w)``, no gradient.
+        """
+        missing = [row for row, key in enumerate(sample_ids) if key not in self._latents]
+        with torch.no_grad():
+            fresh = codec.encode(images[missing] if len(missing) < len(images) else images)
+        rows = dict(zip(missing, fresh, strict=True))
+        latents = [
+            rows[row] if row in rows else self._latents[key].to(images.device)
+            for row, key in enumerate(sample_ids)
+        ]
+        for row, latent in rows.items():
+            self._keep(sample_ids[row], latent)
+        return torch.stack(latents)
+
+    def _keep(self, key: int, latent: Tensor) -> None:
+        size = latent.numel() * latent.element_size()
+        if key not in self._latents and self.num_bytes + size <= self.max_bytes:
+            self._latents[key] = latent.detach().cpu().clone()
+            self.num_bytes += size

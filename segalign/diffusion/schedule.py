@@ -1,0 +1,90 @@
+"""The variance-preserving noise schedule and its three output parameterisations.
+
+Noise levels follow DDPM: ``x_t = alpha_t x_0 + sigma_t eps`` with ``alpha_t^2 + sigma_t^2 = 1``.
+Dims: B batch, T training timesteps, c/h/w latents.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from segalign.errors import ConfigError
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Tables in float64; never in the precision of the network.
+
+    Attributes:
+        alphas_cumprod: Squared signal level of each timestep, float64 ``(T,)``, decreasing.
+        prediction_type: What the network's output means.
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: PredictionType
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+        """Build from a diffusers ``scheduler_config.json``.
+
+        Raises:
+            ConfigError: If the schedule or the parameterisation is not known.
+        """
+        num_timesteps = config.get("num_train_timesteps", 1000)
+        beta_start, beta_end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+        kind = config.get("beta_schedule", "linear")
+        if kind == "scaled_linear":
+            roots = torch.linspace(
+                beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64
+            )
+            betas = roots.square()
+        elif kind == "linear":
+            betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+        else:
+            raise ConfigError(
+                f"expected `beta_schedule` linear or scaled_linear; got `{kind}`. Convert it."
+            )
+        prediction_type = config.get("prediction_type", "epsilon")
+        if prediction_type not in get_args(PredictionType):
+            known = ", ".join(get_args(PredictionType))
+            raise ConfigError(
+                f"expected `prediction_type` among {known}; got `{prediction_type}`. Choose one."
+            )
+        return cls((1 - betas).cumprod(0), prediction_type)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of training timesteps T."""
+        return len(self.alphas_cumprod)
+
+    def levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Look up (alpha_t, sigma_t), shaped to broadcast against a batch.
+
+        Args:
+            timesteps: int64 ``(B,)``.
+            like: Tensor ``(B, ...)`` that gives dtype, device and number of dims.
+
+        Returns:
+            Two tensors ``(B, 1, ..., 1)``, computed in float64 and cast last.
+        """
+        squared = self.alphas_cumprod[timesteps.cpu()].view(-1, *[1] * (like.dim() - 1))
+        return squared.sqrt().to(like), (1 - squared).sqrt().to(like)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Diffuse latents: ``alpha_t x_0 + sigma_t eps``."""
+        alpha, sigma = self.levels(timesteps, latents)
+        return alpha * latents + sigma * noise
+
+    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the network should output: eps, ``alpha eps - sigma x_0`` or ``x_0``."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return latents
+        alpha, sigma = self.levels(timesteps, latents)
+        return alpha * noise - sigma * latents

@@ -1,0 +1,107 @@
+"""Scoring of a generator by the oracle: what its pictures show of what their captions state."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from segalign.scenes.accuracy import FactRecord, accuracies, count_facts, fact_records
+from segalign.scenes.grammar import FACT_KINDS
+from segalign.scenes.oracle import read_scenes
+from segalign.scenes.samples import SceneSample
+from segalign.scenes.world import World, get_world
+from segalign.text.tokenizer import char_token_positions
+
+Generate = Callable[[Sequence[str], Sequence[int]], Tensor]
+
+NAMES = (
+    "attributes",
+    "attributes/past_77",
+    "attributes/within_32",
+    "attributes/within_77",
+    "objects",
+    *FACT_KINDS,
+)
+
+
+class SceneScore:
+    """Counts of right facts, and of chance: the same captions against other captions' pictures.
+
+    Args:
+        world: World of the scenes.
+        tokenizer: Places facts on token positions.
+    """
+
+    def __init__(self, world: World, tokenizer: CLIPTokenizer) -> None:
+        self.world = world
+        self.tokenizer = tokenizer
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.chance: Counter[tuple[str, str]] = Counter()
+
+    def update(
+        self, images: Tensor, captions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Add pictures.
+
+        Args:
+            images: Float in [0, 1], ``(B, 3, H, W)``.
+            captions: ``B`` captions.
+            metadata: Their metadata, with the facts that they state.
+        """
+        scenes = read_scenes(images, self.world).scenes
+        records = [self._records(*row) for row in zip(captions, metadata, strict=True)]
+        others = scenes[1:] + scenes[:1]
+        for facts, scene, other in zip(records, scenes, others, strict=True):
+            self.counts.update(count_facts(facts, scene))
+            if len(scenes) > 1:
+                self.chance.update(count_facts(facts, other))
+
+    def _records(self, caption: str, metadata: Mapping[str, Any]) -> list[FactRecord]:
+        positions = char_token_positions(caption, self.tokenizer)
+        return fact_records(metadata["facts"], positions.tolist())
+
+    def to_tensor(self) -> Tensor:
+        """Return all counts as one int64 vector, to be summed over ranks."""
+        return torch.tensor(
+            [table[name, part] for table in (self.counts, self.chance) for name, part in _KEYS]
+        )
+
+    def load_tensor(self, vector: Tensor) -> None:
+        """Replace all counts by those of `to_tensor`."""
+        values = vector.long().tolist()
+        self.counts = Counter(dict(zip(_KEYS, values[: len(_KEYS)], strict=True)))
+        self.chance = Counter(dict(zip(_KEYS, values[len(_KEYS) :], strict=True)))
+
+    def accuracies(self) -> dict[str, float]:
+        """Return the accuracy in [0, 1] of every name that was counted."""
+        return accuracies(+self.counts)
+
+    def chance_accuracies(self) -> dict[str, float]:
+        """Return what captions score against pictures of other captions."""
+        return accuracies(+self.chance)
+
+
+_KEYS = tuple((name, part) for name in NAMES for part in ("right", "all"))
+
+
+def score_generator(
+    generate: Generate, samples: Sequence[SceneSample], tokenizer: CLIPTokenizer, batch_size: int
+) -> SceneScore:
+    """Generate a picture for every sample's caption and score them all.
+
+    Args:
+        generate: ``(captions, sample_ids) -> images``.
+        samples: Samples of one world.
+        tokenizer: Places facts on token positions.
+        batch_size: Pictures made at once; it does not change the result.
+    """
+    score = SceneScore(get_world(samples[0].metadata["world"]), tokenizer)
+    for start in range(0, len(samples), batch_size):
+        rows = samples[start : start + batch_size]
+        captions = [row.caption for row in rows]
+        images = generate(captions, range(start, start + len(rows)))
+        score.update(images, captions, [row.metadata for row in rows])
+    return score
