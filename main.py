@@ -18,11 +18,15 @@ train and evaluate; configs are layered left to right, `--key.subkey VALUE` over
 
 data:
   shards    pack, index or verify WebDataset shards
+  scenes    keep the weights of the tiny base of the embedded benchmark
 
 SEGALIGN_DEBUG=1 in the environment shows the traceback of every error.
 """
 # Commands that start at once, because they import neither Lightning nor, before they must, torch.
-LIGHT_COMMANDS = {"shards": "segalign.commands.shards"}
+LIGHT_COMMANDS = {
+    "scenes": "segalign.commands.scenes",
+    "shards": "segalign.commands.shards",
+}
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
 

@@ -1,12 +1,11 @@
 """Write predicted images, one file for each caption of a shard."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import Tensor
 from typing_extensions import override
@@ -16,7 +15,7 @@ from segalign.pictures import to_uint8
 from segalign.types import CaptionBatch
 
 
-class ImageWriter(BasePredictionWriter):
+class ImageWriter(Callback):
     """Write ``predictions/XXXXXXXX.png`` and a line of ``captions-rank-R.jsonl`` per caption.
 
     A file is named after the sample's position in the manifest, never after text from the data.
@@ -26,7 +25,7 @@ class ImageWriter(BasePredictionWriter):
     """
 
     def __init__(self, folder: str = "predictions") -> None:
-        super().__init__(write_interval="batch")
+        super().__init__()
         self.folder = folder
 
     @override
@@ -42,22 +41,21 @@ class ImageWriter(BasePredictionWriter):
             ) from error
 
     @override
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        prediction: Tensor,
-        batch_indices: Sequence[int] | None,
+        outputs: Tensor,
         batch: CaptionBatch,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Write the valid rows of one batch."""
         lines: list[dict[str, Any]] = []
         for row, sample_id in enumerate(batch["sample_ids"].tolist()):
             if batch["valid"][row]:
                 name = f"{sample_id:08d}.png"
-                Image.fromarray(to_uint8(prediction[row])).save(self._folder(trainer) / name)
+                Image.fromarray(to_uint8(outputs[row])).save(self._folder(trainer) / name)
                 lines.append({"file": name, "caption": batch["captions"][row]})
         with self._captions(trainer).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

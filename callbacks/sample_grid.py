@@ -13,7 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from typing_extensions import override
 
+from segalign.data.loaders import first_captions
 from segalign.diffusion.generator import Weights
+from segalign.errors import ConfigError
 from segalign.pictures import Panel, panel_grid
 
 
@@ -89,7 +91,13 @@ class SampleGrid(Callback):
     def _captions(self, trainer: pl.Trainer) -> list[str]:
         """Take the first validation captions, the same on every rank."""
         if self.captions is None:
-            self.captions = trainer.datamodule.validation_captions(self.num_samples)
+            shards = trainer.datamodule.val_shards
+            if not shards:
+                raise ConfigError(
+                    "expected `captions` for SampleGrid, or validation shards to take them from; "
+                    "got neither. Set one of them."
+                )
+            self.captions = first_captions(Path(shards), self.num_samples)
         return self.captions
 
     @rank_zero_only

@@ -24,6 +24,7 @@ from segalign.text.tokenizer import clip_tokenizer
 
 # The stream of the report's scenes; training streams are seeded by small numbers.
 REPORT_STREAM = 2**40
+HEADINGS = ("captions", "encoding", "all", "within 77 tokens", "past token 77")
 COLUMNS = ("attributes", "attributes/within_77", "attributes/past_77")
 
 
@@ -58,6 +59,7 @@ class ScenesReport(Callback):
         self.batch_size = batch_size
         self.eval_seed = eval_seed
         self.weights = weights
+        self._after: Tensor | None = None
         self.rows: dict[str, dict[str, float]] = {}
         self._before: Tensor | None = None
 
@@ -70,11 +72,22 @@ class ScenesReport(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Score the trained model and write the report."""
+        """Score the trained model."""
         Console().print("Scoring the trained model ...")
-        after = self._score_all(pl_module, "after", self.weights)
-        if trainer.is_global_zero:
-            self._write(Path(trainer.default_root_dir), after)
+        self._after = self._score_all(pl_module, "after", self.weights)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the report; a run that was finished before only repeats it."""
+        if not trainer.is_global_zero:
+            return
+        run_dir = Path(trainer.default_root_dir)
+        if self._after is not None:
+            self._write(run_dir, self._after)
+        elif (run_dir / "report.md").is_file():
+            Console().print("This run was finished before.", (run_dir / "report.md").read_text())
+            where = run_dir / "report.png"
+            Console().print(f"Prompts with images before and after: {where}", soft_wrap=True)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -110,7 +123,7 @@ class ScenesReport(Callback):
             return images
 
         score = score_generator(generate, self._samples(length), clip_tokenizer(), self.batch_size)
-        row = self.rows.setdefault(f"{length} captions | {encoding}", {})
+        row = self.rows.setdefault(f"{length} | {encoding}", {})
         chance = score.chance_accuracies()
         row |= {f"{when} {name}": value for name, value in score.accuracies().items()}
         row |= {f"{when} chance {name}": value for name, value in chance.items()}
@@ -123,7 +136,8 @@ class ScenesReport(Callback):
         ]
 
     def _write(self, run_dir: Path, after: Tensor) -> None:
-        console = Console()
+        # A table that wraps cannot be read; too wide a line can.
+        console = Console(width=max(Console().width, 120))
         console.print(self._table())
         write_text_atomic(run_dir / "report.md", self._markdown())
         picture = run_dir / "report.png"
@@ -133,11 +147,11 @@ class ScenesReport(Callback):
             for before, now, sample in zip(self._before, after, self._samples("long"), strict=False)
         ]
         panel_grid(panels, columns=3, side=140, max_lines=14).save(picture)
-        console.print(f"Prompts with images before and after: {picture}")
+        console.print(f"Prompts with images before and after: {picture}", soft_wrap=True)
 
     def _cells(self) -> list[list[str]]:
         return [
-            [name, *(self._cell(row, column) for column in COLUMNS)]
+            [*name.split(" | "), *(self._cell(row, column) for column in COLUMNS)]
             for name, row in sorted(self.rows.items())
         ]
 
@@ -149,8 +163,8 @@ class ScenesReport(Callback):
 
     def _table(self) -> Table:
         table = Table(title="Attribute accuracy: before -> after (chance)")
-        for heading in ("", "all", "within 77 tokens", "past token 77"):
-            table.add_column(heading)
+        for heading in HEADINGS:
+            table.add_column(heading, no_wrap=True)
         for cells in self._cells():
             table.add_row(*cells)
         return table
@@ -159,8 +173,8 @@ class ScenesReport(Callback):
         lines = [
             "Attribute accuracy, before -> after (chance):",
             "",
-            "| captions | encoding | all | within 77 tokens | past token 77 |",
-            "|---|---|---|---|---|",
+            f"| {' | '.join(HEADINGS)} |",
+            "|---" * len(HEADINGS) + "|",
             *(f"| {' | '.join(cells)} |" for cells in self._cells()),
         ]
         return "\n".join(lines) + "\n"

@@ -188,8 +188,7 @@ class LongCaptionDataModule(LightningDataModule):
 
     def val_dataloader(self) -> SizedBatchLoader | list[SizedBatchLoader]:
         """Return every validation sample once; no loader if there are no validation shards."""
-        if self.scenes is not None:
-            self.setup("validate")
+        self.setup("validate")
         if not self.val_shards:
             return []
         return self._eval_loader(self.val_shards, self.content, self.limit_val_samples)
@@ -243,11 +242,8 @@ class LongCaptionDataModule(LightningDataModule):
         """Return the place in the sequence; see ``SequenceState``."""
         if self.train_manifest is None:
             return {}
-        size = self.global_batch_size
-        state = sequence_state(
-            self.train_manifest, step=self._step(), global_batch_size=size, seed=self.seed
-        )
-        return dict(state)
+        place = (self._step(), self.global_batch_size)
+        return dict(sequence_state(self.train_manifest, *place, seed=self.seed))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the place in the sequence, which must be the same sequence as before."""

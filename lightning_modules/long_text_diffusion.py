@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from typing_extensions import override
@@ -37,6 +37,8 @@ class LongTextDiffusionModule(TrainingModule):
         seed: Seeds timesteps and noise.
         eval_seed: Seeds the noise of validation and prediction.
         min_snr_gamma: Bound of the loss weights; null weighs all timesteps alike.
+        timestep_shift: Above 1, noisy timesteps are drawn more often; small images need it, since
+            they show their content until late.
         latent_cache_megabytes: Memory for latents of the training images; 0 encodes them anew.
     """
 
@@ -52,6 +54,7 @@ class LongTextDiffusionModule(TrainingModule):
         seed: int = 0,
         eval_seed: int = 1234,
         min_snr_gamma: float | None = None,
+        timestep_shift: PositiveFloat = 1.0,
         latent_cache_megabytes: NonNegativeInt = 0,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
@@ -63,6 +66,7 @@ class LongTextDiffusionModule(TrainingModule):
         self.seed = seed
         self.eval_seed = eval_seed
         self.min_snr_gamma = min_snr_gamma
+        self.timestep_shift = timestep_shift
         self.latent_cache = LatentCache(latent_cache_megabytes * 2**20)
 
     @override
@@ -152,9 +156,8 @@ class LongTextDiffusionModule(TrainingModule):
     ) -> Tensor:
         """Compute the denoising loss of each sample, ``(B,)``."""
         schedule = self.generator.schedule
-        draws = [counter_uniform("timestep", *counter) for counter in counters]
-        timesteps = torch.tensor([int(draw * schedule.num_timesteps) for draw in draws])
-        timesteps = timesteps.to(latents.device)
+        draws = torch.tensor([counter_uniform("timestep", *counter) for counter in counters])
+        timesteps = schedule.shifted_timesteps(draws, self.timestep_shift).to(latents.device)
         noise = counter_normal("training noise", counters, latents.shape[1:]).to(latents)
         noisy = schedule.add_noise(latents, noise, timesteps)
         output = self.generator.predict(noisy, timesteps, self.generator.conditioner(captions))

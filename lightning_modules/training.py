@@ -1,7 +1,6 @@
-"""What training modules share: optimizers, exact means over valid samples, small checkpoints."""
+"""What training modules share: optimizers and exact means over valid samples."""
 
 import contextlib
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,7 +13,7 @@ from typing_extensions import override
 from segalign.diffusion.generator import Weights
 from segalign.ema import TrainableEMA
 from segalign.errors import ConfigError
-from segalign.trainable import trainable_parameters, trainable_state_dict
+from segalign.trainable import trainable_parameters
 from segalign.types import CaptionBatch
 
 
@@ -90,8 +89,3 @@ class TrainingModule(pl.LightningModule):
                 "expected averaged weights for `ema`; the run keeps none. Add callbacks.ema.EMA."
             )
         return self.ema.swapped(self)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen weights out."""
-        checkpoint["state_dict"] = trainable_state_dict(self, checkpoint["state_dict"])

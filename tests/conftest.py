@@ -70,10 +70,10 @@ checkpoint: {every_n_steps: 5}
 """
 
 
-@pytest.fixture
-def toy_config(tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def toy_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config of a tiny run, as a file."""
-    path = tmp_path / "toy.yaml"
+    path = tmp_path_factory.mktemp("toy") / "toy.yaml"
     path.write_text(TOY_CONFIG)
     return path
 

@@ -227,3 +227,15 @@ def _first_samples(manifest: Manifest) -> Iterator[dict[str, object]]:
     reader = IndexedShardReader(manifest, order, BatchPlan(global_batch_size=1))
     for sample_id in range(min(_MAX_PROBES, manifest.num_samples)):
         yield reader.read_sample(sample_id)
+
+
+def first_captions(folder: Path, count: int) -> list[str]:
+    """Read the first captions of a folder of shards, in manifest order; bad samples are left out.
+
+    Raises:
+        DataError: If the folder has no manifest or no samples.
+    """
+    plan = BatchPlan(global_batch_size=count, world_size=1, global_rank=0, accumulate=1)
+    settings = BatchSettings(content="caption")
+    (batch,) = eval_loader(open_shards(folder), plan, settings, limit=count)
+    return [c for c, valid in zip(batch["captions"], batch["valid"].tolist(), strict=True) if valid]

@@ -32,6 +32,8 @@ from segalign.errors import DataError
 
 PLAN_NAME: Final = "pack.json"
 REPORT_NAME: Final = "pack_report.json"
+LOCK_SECONDS = 10.0
+"""How long to wait for the processes of a killed pack, which end at their next report."""
 _LOCK_NAME: Final = ".pack.lock"
 _FORMAT_VERSION: Final = 1
 _MAX_EXAMPLES: Final = 20
@@ -90,7 +92,7 @@ def pack(
     """
     make_directory(folder)
     try:
-        with FileLock(folder / _LOCK_NAME, timeout=0):
+        with FileLock(folder / _LOCK_NAME, timeout=LOCK_SECONDS):
             return _pack_locked(source, folder, samples_per_shard, num_processes, title)
     except Timeout as err:
         raise DataError(

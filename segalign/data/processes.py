@@ -2,8 +2,11 @@
 
 import multiprocessing
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
@@ -52,11 +55,19 @@ class _Pool(Generic[Result]):
     """
 
     def __init__(self, work: Work[Result], size: int) -> None:
-        context = multiprocessing.get_context("spawn")
         self._processes: dict[Connection, BaseProcess] = {}
+        if _can_fork():
+            self._start(multiprocessing.get_context("fork"), work, size, is_fork=True)
+        else:
+            self._start(multiprocessing.get_context("spawn"), work, size, is_fork=False)
+
+    def _start(
+        self, context: ForkContext | SpawnContext, work: Work[Result], size: int, *, is_fork: bool
+    ) -> None:
         for _ in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+            inherited = [*self._processes, ours] if is_fork else []
+            process = context.Process(target=_serve, args=(theirs, work, inherited), daemon=True)
             process.start()
             theirs.close()
             self._processes[ours] = process
@@ -101,8 +112,18 @@ def _give(connection: Connection, pending: list[int]) -> bool:
     return True
 
 
-def _serve(connection: Connection, work: Work[object]) -> None:
-    """Do tasks until the parent closes the pipe or is gone."""
+def _can_fork() -> bool:
+    """Tell whether a copy of this process is safe; it spares the new one its imports."""
+    return sys.platform == "linux" and "torch" not in sys.modules and threading.active_count() == 1
+
+
+def _serve(connection: Connection, work: Work[object], inherited: Sequence[Connection]) -> None:
+    """Do tasks until the parent closes the pipe or is gone.
+
+    ``inherited`` are copies of the parent's ends; one left open would hide the parent's death.
+    """
+    for copy in inherited:
+        copy.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         while True:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_REFRESHES = 0.1
 
 
 @contextmanager
@@ -25,9 +26,20 @@ def show_progress(title: str, total: int, *, done: int = 0) -> Iterator[Callable
             yield advance
         return
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    # Without a thread that refreshes the bar, so that a process may still fork.
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
         task = progress.add_task(title, total=total, completed=done)
-        yield lambda count: progress.advance(task, count)
+        progress.refresh()
+        last_refresh = time.monotonic()
+
+        def advance(count: int) -> None:
+            nonlocal last_refresh
+            progress.advance(task, count)
+            if time.monotonic() - last_refresh >= _SECONDS_BETWEEN_REFRESHES:
+                last_refresh = time.monotonic()
+                progress.refresh()
+
+        yield advance
 
 
 @contextmanager

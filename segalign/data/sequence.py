@@ -27,7 +27,7 @@ class SequenceState(TypedDict):
 
 
 def sequence_state(
-    manifest: Manifest, *, step: int, global_batch_size: int, seed: int
+    manifest: Manifest, step: int, global_batch_size: int, *, seed: int
 ) -> SequenceState:
     """Return the place after ``step`` optimizer steps."""
     position = step * global_batch_size

@@ -61,7 +61,7 @@ class FolderSource:
             raise DataError(f"a folder of images was expected; `{folder}` is none; check the path")
         self._folder = folder
         self._check = check
-        files = sorted(_walk(folder))
+        self._files = files = sorted(_walk(folder))
         names = set(files)
         images = {name for name in files if suffix_of(name) in (*IMAGE_SUFFIXES, *_OTHER_IMAGES)}
         stems = {_stem(name) for name in images}
@@ -82,8 +82,8 @@ class FolderSource:
     def settings(self) -> dict[str, Any]:
         """See ``Source``; the content is known by names, sizes and times of change."""
         digest = hashlib.sha256()
-        for name in sorted(_walk(self._folder)):
-            status = (self._folder / name).lstat()
+        for name in self._files:
+            status = os.lstat(f"{self._folder}/{name}")
             digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return {"kind": "folder", "check": self._check, "content": digest.hexdigest()}
 
@@ -140,8 +140,9 @@ def to_png(pixels: NDArray[np.uint8]) -> bytes:
 def _walk(folder: Path) -> Iterator[str]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = Path(parent).relative_to(folder)
-        yield from ((relative / name).as_posix() for name in files if not name.startswith("."))
+        relative = Path(parent).relative_to(folder).as_posix()
+        prefix = "" if relative == "." else f"{relative}/"
+        yield from (prefix + name for name in files if not name.startswith("."))
 
 
 def _stem(name: str) -> str:

@@ -75,6 +75,21 @@ class NoiseSchedule:
         squared = self.alphas_cumprod[timesteps.cpu()].view(-1, *[1] * (like.dim() - 1))
         return squared.sqrt().to(like), (1 - squared).sqrt().to(like)
 
+    def shifted_timesteps(self, draws: Tensor, shift: float) -> Tensor:
+        """Map uniform draws to timesteps, ``u -> s u / (1 + (s - 1) u)``.
+
+        Args:
+            draws: In [0, 1), ``(B,)``.
+            shift: s > 0; 1 is uniform, above 1 prefers noisy timesteps.
+
+        Returns:
+            int64 ``(B,)``.
+
+        Reference: arXiv 2403.03206, eq. 23.
+        """
+        shifted = shift * draws / (1 + (shift - 1) * draws)
+        return (shifted * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
+
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Diffuse latents: ``alpha_t x_0 + sigma_t eps``."""
         alpha, sigma = self.levels(timesteps, latents)

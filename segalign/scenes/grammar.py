@@ -1,7 +1,7 @@
 """Captions of scenes: self-contained sentences in several wordings, each with the facts it states.
 
-All words are single tokens of the CLIP vocabulary, so a caption has as many tokens as words and
-punctuation marks.
+All words but ``cyan`` are single tokens of the CLIP vocabulary, so the tokens of a caption can be
+counted without a tokenizer.
 """
 
 import re
@@ -95,7 +95,7 @@ class Sentence:
 
 def num_caption_tokens(text: str) -> int:
     """Count the CLIP tokens of a scenes caption, start and end tokens left out."""
-    return len(re.findall(r"\w+|[^\w\s]", text))
+    return len(re.findall(r"\w+|[^\w\s]", text)) + text.count("cyan")
 
 
 def object_sentence(content: SceneObject, cell: int, world: World, random: Random) -> Sentence:
@@ -133,9 +133,9 @@ def caption_sentences(
     captions, repeats some in other words and adds sentences without facts; ``very_long`` adds so
     many of those that the caption has 360 to 690 tokens.
     """
-    sentences = _scene_sentences(scene, world, random)
     if length == "short":
-        return _fit_short(sentences, random)
+        return _fit_short(_scene_sentences(scene, world, random, 0.85), random)
+    sentences = _scene_sentences(scene, world, random)
     if random.random() < 1 / 3:
         sentences = [sentence for sentence in sentences if random.random() > 0.3] or sentences
     sentences += random.sample(STYLE_AS_SENTENCES, random.randint(0, 6))
@@ -162,13 +162,16 @@ def join_sentences(sentences: Sequence[Sentence]) -> tuple[str, list[Fact]]:
     return " ".join(parts), list(facts.values())
 
 
-def _scene_sentences(scene: Scene, world: World, random: Random) -> list[Sentence]:
+def _scene_sentences(
+    scene: Scene, world: World, random: Random, whole_objects: float = 0.6
+) -> list[Sentence]:
+    """State a scene; a share of the objects in one sentence, the others attribute by attribute."""
     sentences: list[Sentence] = []
     for cell, content in enumerate(scene.cells):
         if content is None:
             if random.random() < 0.5:
                 sentences.append(empty_sentence(cell, world, random))
-        elif random.random() < 0.6:
+        elif random.random() < whole_objects:
             sentences.append(object_sentence(content, cell, world, random))
         else:
             sentences += [
@@ -183,7 +186,7 @@ def _scene_sentences(scene: Scene, world: World, random: Random) -> list[Sentenc
 def _fit_short(sentences: list[Sentence], random: Random) -> list[Sentence]:
     sentences = sentences + random.sample(STYLE_AS_SENTENCES, random.randint(0, 1))
     random.shuffle(sentences)
-    limit = random.randint(MAX_SHORT_TOKENS // 3, MAX_SHORT_TOKENS)
+    limit = random.choice((MAX_SHORT_TOKENS // 2, MAX_SHORT_TOKENS, MAX_SHORT_TOKENS))
     kept: list[Sentence] = []
     total = 0
     for sentence in sentences:

@@ -15,8 +15,6 @@ from segalign.scenes.grammar import (
     ATTRIBUTE_WORDINGS,
     ATTRIBUTES,
     BACKGROUND_WORDINGS,
-    EMPTY_WORDINGS,
-    OBJECT_WORDINGS,
 )
 from segalign.scenes.world import BACKGROUNDS, COLOURS, SHAPES, SIZES, World
 
@@ -124,8 +122,19 @@ def edit_caption(caption: str, facts: Sequence[Sequence[Any]], random: Random) -
     return caption[:start] + caption[start:end].replace(value, other, 1) + caption[end:]
 
 
-def vocabulary_sentences() -> list[str]:
-    """List sentences that together hold every word of every scene caption."""
-    wordings = [*OBJECT_WORDINGS, *EMPTY_WORDINGS, *BACKGROUND_WORDINGS]
-    wordings += [wording for options in ATTRIBUTE_WORDINGS.values() for wording in options]
-    return [wording.replace("{", " ").replace("}", " ") for wording in wordings]
+def one_segment(
+    caption: str, facts: Sequence[Sequence[Any]], random: Random
+) -> tuple[str, list[list[Any]]]:
+    """Draw a sentence that states a fact.
+
+    Returns:
+        The sentence, and its facts with positions inside it; the whole caption if it states none.
+    """
+    if not facts:
+        return caption, []
+    _, _, _, start, end = random.choice(facts)
+    return caption[start:end], [
+        [kind, cell, value, 0, end - start]
+        for kind, cell, value, fact_start, _ in facts
+        if fact_start == start
+    ]

@@ -51,8 +51,6 @@ def _rest_fits(rest: str, max_word_tokens: int, count_tokens: Callable[[str], in
 def _piece_length(window: str, max_word_tokens: int, count_tokens: Callable[[str], int]) -> int:
     """Return the number of characters of the next piece, at least 1."""
     limit = _longest_prefix(window, max_word_tokens, count_tokens)
-    if limit == len(window):
-        limit -= 1  # more text follows: leave at least one character to it
     head = window[: limit + 1]
     for boundary, earliest in ((_CLAUSE_END, limit // 2), (_BLANKS, 1)):
         ends = [end for m in boundary.finditer(head) if earliest <= (end := m.end()) <= limit]

@@ -8,7 +8,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from segalign.text.caption_plan import LongSegments
 from segalign.text.conditioning import TextConditioner
 from segalign.text.segment_encoder import SegmentEncoder
-from segalign.text.segmenter import Segmenter, SentenceSegmenter
+from segalign.text.segmenter import Segmenter
 from segalign.text.special_tokens import SpecialTokenPolicy
 from segalign.text.truncated_encoder import TruncatedEncoder
 
@@ -20,7 +20,7 @@ class TextEncoding:
     Args:
         kind: ``segments`` encodes each segment alone and merges them; ``truncated`` encodes the
             caption whole and loses what does not fit the encoder's context.
-        segmenter: Splitting strategy.
+        segmenter: Splitting strategy; null splits into sentences.
         policy: Treatment of special tokens.
         token_budget: Length of the merged sequence (official: 240).
         long_segments: What becomes of a segment that does not fit the context.
@@ -29,7 +29,7 @@ class TextEncoding:
     """
 
     kind: Literal["segments", "truncated"] = "segments"
-    segmenter: Segmenter = field(default_factory=SentenceSegmenter)
+    segmenter: Segmenter | None = None
     policy: SpecialTokenPolicy = field(default_factory=SpecialTokenPolicy)
     token_budget: int = 240
     long_segments: LongSegments = "cut_further"

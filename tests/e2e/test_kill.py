@@ -1,6 +1,5 @@
 """SIGKILL at any moment costs at most the steps since the last checkpoint."""
 
-import contextlib
 import json
 import os
 import random
@@ -56,15 +55,25 @@ def server():
     server.close()
 
 
-@pytest.fixture
-def start(server, toy_config, tmp_path):
+@pytest.fixture(scope="module")
+def start(server, toy_config, tmp_path_factory):
     """Start a fit of the toy into a run directory; returns the process id."""
+    log = tmp_path_factory.mktemp("log") / "log.txt"
 
     def start(run_dir: Path, *options: str) -> int:
         fixed = ["fit", "--allow_import=toy_house", f"--config={toy_config}", "--ckpt_path=auto"]
-        return server.start([*fixed, f"--run_dir={run_dir}", *options], tmp_path / "log.txt")
+        return server.start([*fixed, f"--run_dir={run_dir}", *options], log)
 
     return start
+
+
+@pytest.fixture(scope="module")
+def straight(server, start, tmp_path_factory):
+    """Run the toy without an interruption; returns its run directory."""
+    run_dir = tmp_path_factory.mktemp("straight")
+    start(run_dir)
+    assert server.wait() == 0
+    return run_dir
 
 
 def losses(run_dir: Path) -> dict[int, str]:
@@ -88,51 +97,51 @@ def assert_ended_alike(straight: Path, broken: Path) -> None:
     assert stale == []
 
 
-def test_a_kill_in_mid_epoch_changes_nothing(server, start, tmp_path):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    start(straight)
-    assert server.wait() == 0, (tmp_path / "log.txt").read_text()
-    start(broken, "--trainer.callbacks+=toy_house.Kill", "--trainer.callbacks.at_step=8")
+def test_a_kill_in_mid_epoch_changes_nothing(server, start, straight, run_dir):
+    start(run_dir, "--trainer.callbacks+=toy_house.Kill", "--trainer.callbacks.at_step=8")
     assert server.wait() == -signal.SIGKILL
-    assert newest_checkpoint(broken).name == "step-00000005"
-    start(broken)
+    assert newest_checkpoint(run_dir).name == "step-00000005"
+    start(run_dir)
     assert server.wait() == 0
-    assert_ended_alike(straight, broken)
+    assert_ended_alike(straight, run_dir)
 
 
 @pytest.mark.parametrize("at_sync", range(1, 18, 3))
-def test_a_kill_while_saving_changes_nothing(server, start, tmp_path, at_sync):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    start(straight)
-    assert server.wait() == 0
+def test_a_kill_while_saving_changes_nothing(server, start, straight, run_dir, at_sync):
     callback = "toy_house.KillWhileSaving"
-    start(broken, f"--trainer.callbacks+={callback}", f"--trainer.callbacks.at_sync={at_sync}")
+    start(run_dir, f"--trainer.callbacks+={callback}", f"--trainer.callbacks.at_sync={at_sync}")
     assert server.wait() == -signal.SIGKILL
-    start(broken)
+    start(run_dir)
     assert server.wait() == 0
-    assert_ended_alike(straight, broken)
+    assert_ended_alike(straight, run_dir)
+
+
+def num_batches(run_dir: Path) -> int:
+    path = run_dir / "losses.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+NUM_KILLS = 4
+LONGEST_ATTEMPT = 15  # batches
 
 
 def test_kills_at_random_times_change_nothing(server, start, tmp_path, seed):
+    # The moments are drawn in batches of progress, so that a slow machine sees the same kills.
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    options = ["--trainer.max_steps=300"]
+    options = [f"--trainer.max_steps={2 * NUM_KILLS * LONGEST_ATTEMPT}"]
     start(straight, *options)
-    begin = time.perf_counter()
     assert server.wait() == 0
-    whole = time.perf_counter() - begin
-    delays = random.Random(seed)
-    kills = 0
-    while kills < 5:
+    moments = random.Random(seed)
+    for _ in range(NUM_KILLS):
+        wanted = num_batches(broken) + moments.randint(1, LONGEST_ATTEMPT)
         process = start(broken, *options)
-        time.sleep(delays.uniform(0.2, 0.9) * whole)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-        code = server.wait()
-        assert code in (0, -signal.SIGKILL), (tmp_path / "log.txt").read_text()
-        if code == 0:
-            break
-        kills += 1
-    assert kills > 0
+        deadline = time.monotonic() + 120
+        while num_batches(broken) < wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.01))
+        os.kill(process, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
     start(broken, *options)
     assert server.wait() == 0
     assert_ended_alike(straight, broken)

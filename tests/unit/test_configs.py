@@ -12,6 +12,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 # Recipes run alone. Fragments and deltas are parsed over the recipe named beside them.
 RECIPES = (
+    "quickstart.yaml",
     "scenes/align.yaml",
     "scenes/generator.yaml",
     "scenes/scorer.yaml",

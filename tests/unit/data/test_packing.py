@@ -145,7 +145,8 @@ class InterruptedSource(FakeSource):
         return super().members(index)
 
 
-def test_two_packs_into_one_folder_are_refused(tmp_path):
+def test_two_packs_into_one_folder_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("segalign.data.packing.LOCK_SECONDS", 0)
     source = NestedSource(2, folder=str(tmp_path))
     message = "must be packed by one process at a time; another is at work on it; wait for it"
     with pytest.raises(DataError, match=message):

@@ -43,6 +43,23 @@ def test_cuts_anywhere_where_there_is_no_blank():
     assert texts(cut_segment(Segment("abcdefg", 0, 7), 3, len)) == ["abc", "def", "g"]
 
 
+@pytest.mark.parametrize("max_word_tokens", range(1, 9))
+def test_pieces_are_as_long_as_fits(max_word_tokens):
+    lengths = [
+        len(piece.text) for piece in cut_segment(Segment("x" * 41, 0, 41), max_word_tokens, len)
+    ]
+    assert set(lengths[:-1]) == {max_word_tokens}
+    assert 1 <= lengths[-1] <= max_word_tokens
+
+
+def test_passes_over_a_boundary_at_which_the_piece_would_not_fit():
+    def count(text):
+        return len(text) + (5 if text.endswith(" ") else 0)
+
+    pieces = cut_segment(Segment("abc defghijk", 0, 12), 6, count)
+    assert texts(pieces) == ["abc de", "fghijk"]
+
+
 def test_cuts_before_a_decimal_comma_only_if_it_must():
     assert texts(cut_segment(Segment("size 1,5 metres", 0, 15), 10, len))[0] == "size 1,5 "
 

@@ -1,0 +1,129 @@
+"""Packing of the tiny base's weights, with where they come from."""
+
+import csv
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from segalign.atomic import write_text_atomic
+from segalign.diffusion.generator import TextToImage
+from segalign.diffusion.sampler import DDIMSampler
+from segalign.run_directory import checkpoint_step, resolve_checkpoint
+from segalign.scenes.base import (
+    GENERATOR_PREFIXES,
+    SCORER_PREFIXES,
+    TEXT_PREFIXES,
+    ScenesBase,
+)
+from segalign.scenes.evaluation import score_generator
+from segalign.scenes.samples import make_sample
+from segalign.scenes.weights import read_weights, save_compact
+from segalign.text.settings import TextEncoding
+from segalign.text.tokenizer import clip_tokenizer, word_token_ids
+
+# Scenes of the final score: a stream that no training run uses.
+_SCORE_STREAM = 2**40 + 1
+_NUM_SCORED = 256
+
+
+def pack_base(scorer: Path, generator: Path, folder: Path) -> str:
+    """Write ``scorer``, ``text_model`` and ``generator`` weights and ``provenance.json``.
+
+    Args:
+        scorer: Run of the scorer.
+        generator: Run of the generator; its text model is kept if it trained one.
+        folder: Target.
+
+    Returns:
+        One line about what was written.
+    """
+    rows = used_token_ids()
+    text_run = generator if _trains_text(generator) else scorer
+    parts = {
+        "scorer": (scorer, SCORER_PREFIXES),
+        "text_model": (text_run, TEXT_PREFIXES),
+        "generator": (generator, GENERATOR_PREFIXES),
+    }
+    for part, (run, prefixes) in parts.items():
+        state = read_weights(str(run), part, prefixes, "3x3")
+        assert state is not None
+        save_compact(state, folder / f"{part}.safetensors", rows)
+    accuracy = score_base(ScenesBase(generator=str(generator), text_model=str(text_run)))
+    provenance = {
+        "runs": {"scorer": describe_run(scorer), "generator": describe_run(generator)},
+        "machine": {"processor": _processor(), "python": platform.python_version()},
+        "torch": torch.__version__,
+        "oracle": {"captions": _NUM_SCORED, "length": "short", **accuracy},
+    }
+    write_text_atomic(folder / "provenance.json", json.dumps(provenance, indent=1) + "\n")
+    return f"{folder}: attributes {accuracy['attributes']:.3f} on short captions"
+
+
+def used_token_ids() -> Tensor:
+    """List the token ids that occur in scene captions, special tokens included, sorted."""
+    tokenizer = clip_tokenizer()
+    used = {int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)}
+    for index in range(2000):
+        used.update(word_token_ids(make_sample("3x3", 0, index).caption, tokenizer))
+    return torch.tensor(sorted(used))
+
+
+def score_base(base: ScenesBase) -> dict[str, float]:
+    """Score a base on short captions that it reads whole, by the oracle."""
+    bundle = base.load()
+    conditioner = TextEncoding(kind="truncated").build(bundle.text_model, bundle.tokenizer)
+    generator = TextToImage(
+        bundle.unet.eval(),
+        conditioner,
+        bundle.codec,
+        bundle.schedule,
+        image_size=bundle.image_size,
+        mask_padding=True,
+    )
+    sampler = DDIMSampler(num_inference_steps=10, guidance_scale=2.0)
+    score = score_generator(
+        lambda captions, ids: generator.sample(captions, generator.noise(ids, 1234), sampler),
+        [make_sample("3x3", _SCORE_STREAM, i, length="short") for i in range(_NUM_SCORED)],
+        bundle.tokenizer,
+        batch_size=64,
+    )
+    return {name: round(value, 4) for name, value in score.accuracies().items()}
+
+
+def describe_run(run: Path) -> dict[str, Any]:
+    """Summarise a run: its config, seed, steps, and validation curve."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    return {
+        "model": config["model"],
+        "data": config["data"],
+        "seed": config["seed_everything"],
+        "steps": checkpoint_step(resolve_checkpoint(run)),
+        "curve": _validation_curve(run / "logs" / "metrics.csv"),
+    }
+
+
+def _validation_curve(file: Path) -> list[dict[str, float]]:
+    wanted = ("step", "val/dense_accuracy", "val/attributes", "val/objects")
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = [{k: float(row[k]) for k in wanted if row.get(k)} for row in csv.DictReader(lines)]
+    return [row for row in rows if len(row) > 1]
+
+
+def _trains_text(run: Path) -> bool:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    return bool(config["model"]["init_args"].get("train_text_model"))
+
+
+def _processor() -> str:
+    """Name the kind of processor, never the machine."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.machine()

@@ -1,0 +1,115 @@
+"""Weights of the tiny models: from the package, from runs, and compact on disk."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from segalign.errors import ConfigError, DataError
+from segalign.run_directory import resolve_checkpoint
+from segalign.scenes.models import VOCABULARY_SIZE
+
+_EMBEDDING = "embeddings.token_embedding.weight"
+
+
+def shipped_folder() -> Path:
+    """Return the folder of the weights in the package."""
+    return Path(__file__).parent / "weights"
+
+
+def read_weights(
+    source: str, part: str, prefixes: Sequence[str], world: str
+) -> dict[str, Tensor] | None:
+    """Find the weights that a setting names.
+
+    Args:
+        source: ``shipped``, ``random``, or a run or checkpoint.
+        part: Name of the part, which is its file's.
+        prefixes: Where the part may stand in a run's module.
+        world: World of the model.
+
+    Returns:
+        Float32 tensors by name; None for ``random``.
+
+    Raises:
+        ConfigError: If nothing is shipped for this world, or the run does not exist.
+        DataError: If the run does not hold the part.
+    """
+    if source == "random":
+        return None
+    if source != "shipped":
+        return _run_weights(Path(source), prefixes)
+    file = shipped_folder() / f"{part}.safetensors"
+    if world != "3x3" or not file.is_file():
+        raise ConfigError(
+            f"expected shipped weights of `{part}` for world `{world}`; there are none. "
+            "Set it to `random` or to a run directory."
+        )
+    return load_compact(file)
+
+
+def _run_weights(path: Path, prefixes: Sequence[str]) -> dict[str, Tensor]:
+    """Read a run's newest checkpoint; averaged tensors win over raw ones."""
+    checkpoint = resolve_checkpoint(path)
+    state = load_file(checkpoint / "model.safetensors")
+    averages = checkpoint / "ema.safetensors"
+    if averages.is_file():
+        state |= load_file(averages)
+    for prefix in prefixes:
+        found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        if found:
+            return found
+    raise DataError(
+        f"expected tensors named {' or '.join(f'`{p}*`' for p in prefixes)} in `{checkpoint}`; "
+        f"got `{next(iter(state), 'none')}`. Name a run of the right recipe."
+    )
+
+
+def fill_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict that has to fit exactly.
+
+    Raises:
+        DataError: If a tensor is missing, superfluous or of another shape.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if own != theirs:
+        name = min(set(own.items()) ^ set(theirs.items()))[0]
+        raise DataError(
+            f"expected weights of {type(model).__name__} in `{source}`; `{name}` is "
+            f"{theirs.get(name, 'missing')} instead of {own.get(name, 'absent')}. Check the world "
+            "and the run."
+        )
+    model.load_state_dict(dict(state))
+
+
+def save_compact(state: Mapping[str, Tensor], file: Path, used_rows: Tensor) -> None:
+    """Write weights in float16, of a token embedding only the rows that are used.
+
+    Args:
+        state: Weights by name.
+        file: Target.
+        used_rows: Token ids that occur, int64.
+    """
+    compact: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.endswith(_EMBEDDING):
+            compact[f"{name}.rows"] = tensor[used_rows].half().contiguous()
+            compact[f"{name}.ids"] = used_rows
+        else:
+            compact[name] = tensor.detach().half().contiguous()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(compact, file)
+
+
+def load_compact(file: Path) -> dict[str, Tensor]:
+    """Read what `save_compact` wrote, as float32; embedding rows that were left out are zero."""
+    state = load_file(file)
+    for name in [name for name in state if name.endswith(".rows")]:
+        rows = state.pop(name)
+        whole = torch.zeros(VOCABULARY_SIZE, rows.shape[1])
+        whole[state.pop(name.removesuffix("rows") + "ids")] = rows.float()
+        state[name.removesuffix(".rows")] = whole
+    return {name: tensor.float() for name, tensor in state.items()}
