@@ -9,12 +9,11 @@ import numpy as np
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from typing_extensions import override
 
 from segalign.data.loaders import first_captions
-from segalign.diffusion.generator import Weights
+from segalign.diffusion.generator import Weights, as_generator
 from segalign.errors import ConfigError
 from segalign.pictures import Panel, panel_grid
 
@@ -80,7 +79,7 @@ class SampleGrid(Callback):
         self._last_step = trainer.global_step
         captions = self._captions(trainer)
         ids = list(range(len(captions)))
-        images = pl_module.generate(captions, ids, self.eval_seed, self.weights)
+        images = as_generator(pl_module).generate(captions, ids, self.eval_seed, self.weights)
         panels = [
             Panel([image], [f"noise {key}"], caption)
             for image, key, caption in zip(images, ids, captions, strict=True)
@@ -91,7 +90,7 @@ class SampleGrid(Callback):
     def _captions(self, trainer: pl.Trainer) -> list[str]:
         """Take the first validation captions, the same on every rank."""
         if self.captions is None:
-            shards = trainer.datamodule.val_shards
+            shards = getattr(getattr(trainer, "datamodule", None), "val_shards", None)
             if not shards:
                 raise ConfigError(
                     "expected `captions` for SampleGrid, or validation shards to take them from; "
@@ -100,7 +99,6 @@ class SampleGrid(Callback):
             self.captions = first_captions(Path(shards), self.num_samples)
         return self.captions
 
-    @rank_zero_only
     def _write(self, trainer: pl.Trainer, picture: Image.Image) -> None:
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)

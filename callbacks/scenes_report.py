@@ -1,8 +1,9 @@
 """Before and after: what fine-tuning on long captions has changed, as a table and a picture."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from segalign.atomic import write_text_atomic
-from segalign.diffusion.generator import Weights
+from segalign.diffusion.generator import ImageGenerator, Weights
+from segalign.errors import ConfigError
 from segalign.pictures import Panel, panel_grid
 from segalign.scenes.evaluation import score_generator
 from segalign.scenes.grammar import CaptionLength
@@ -26,6 +28,26 @@ from segalign.text.tokenizer import clip_tokenizer
 REPORT_STREAM = 2**40
 HEADINGS = ("captions", "encoding", "all", "within 77 tokens", "past token 77")
 COLUMNS = ("attributes", "attributes/within_77", "attributes/past_77")
+
+
+@runtime_checkable
+class SwitchableGenerator(ImageGenerator, Protocol):
+    """An image generator that can read captions in another way for a while."""
+
+    text: TextEncoding
+
+    def text_encoding(self, text: TextEncoding) -> contextlib.AbstractContextManager[None]:
+        """Encode captions differently for the duration of a block."""
+        ...
+
+
+def _switchable(module: object) -> SwitchableGenerator:
+    if not isinstance(module, SwitchableGenerator):
+        raise ConfigError(
+            f"ScenesReport expects a LongTextDiffusionModule; got `{type(module).__name__}`. "
+            "Remove the callback."
+        )
+    return module
 
 
 class ScenesReport(Callback):
@@ -68,13 +90,13 @@ class ScenesReport(Callback):
         """Score the base, unless a checkpoint has brought its score."""
         if not self.rows:
             Console().print("Scoring the base model ...")
-            self._before = self._score_all(pl_module, "before", "raw")
+            self._before = self._score_all(_switchable(pl_module), "before", "raw")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score the trained model."""
         Console().print("Scoring the trained model ...")
-        self._after = self._score_all(pl_module, "after", self.weights)
+        self._after = self._score_all(_switchable(pl_module), "after", self.weights)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -97,19 +119,19 @@ class ScenesReport(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self._before = state_dict["rows"], state_dict["before"]
 
-    def _score_all(self, pl_module: pl.LightningModule, when: str, weights: Weights) -> Tensor:
+    def _score_all(self, model: SwitchableGenerator, when: str, weights: Weights) -> Tensor:
         """Fill the rows of one moment; return the first pictures of the long captions."""
-        truncated = TextEncoding(kind="truncated", mask_padding=pl_module.text.mask_padding)
-        with pl_module.text_encoding(truncated):
+        truncated = TextEncoding(kind="truncated", mask_padding=model.text.mask_padding)
+        with model.text_encoding(truncated):
             for length in ("long", "short"):
-                self._score(pl_module, when, "truncated (evaluated only)", length, weights)
-        own = f"{pl_module.text.kind} (trained)"
-        self._score(pl_module, when, own, "short", weights)
-        return self._score(pl_module, when, own, "long", weights)
+                self._score(model, when, "truncated (evaluated only)", length, weights)
+        own = f"{model.text.kind} (trained)"
+        self._score(model, when, own, "short", weights)
+        return self._score(model, when, own, "long", weights)
 
     def _score(
         self,
-        pl_module: pl.LightningModule,
+        model: SwitchableGenerator,
         when: str,
         encoding: str,
         length: CaptionLength,
@@ -118,7 +140,7 @@ class ScenesReport(Callback):
         pictures: list[Tensor] = []
 
         def generate(captions: Sequence[str], sample_ids: Sequence[int]) -> Tensor:
-            images = pl_module.generate(captions, sample_ids, self.eval_seed, weights)
+            images = model.generate(captions, sample_ids, self.eval_seed, weights)
             pictures.extend(images.cpu()[: self.num_pictures - len(pictures)])
             return images
 

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from segalign.diffusion.latents import LatentCodec, VAECodec
@@ -27,9 +26,9 @@ class DiffusionBundle:
         image_size: Native side of an image in pixels.
     """
 
-    unet: nn.Module
-    text_model: nn.Module
-    tokenizer: Any
+    unet: UNet2DConditionModel
+    text_model: CLIPTextModel
+    tokenizer: CLIPTokenizer
     codec: LatentCodec
     schedule: NoiseSchedule
     image_size: int

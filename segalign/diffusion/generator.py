@@ -5,7 +5,7 @@ Dims: B batch, L text tokens, D text width, H/W pixels, c/h/w latents.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from segalign.diffusion.latents import LatentCodec
 from segalign.diffusion.sampler import DDIMSampler
 from segalign.diffusion.schedule import NoiseSchedule
+from segalign.errors import ConfigError
 from segalign.rng import counter_normal
 from segalign.text.conditioning import TextConditioner, TextConditioning
 
 Weights = Literal["raw", "ema"]
 
 
+@runtime_checkable
 class ImageGenerator(Protocol):
     """Whatever makes images from captions."""
 
@@ -41,6 +43,20 @@ class ImageGenerator(Protocol):
             Float images in [0, 1], ``(B, 3, H, W)``. No gradient, and no effect on training.
         """
         ...
+
+
+def as_generator(module: object) -> ImageGenerator:
+    """Take a module as an image generator.
+
+    Raises:
+        ConfigError: If it cannot make images.
+    """
+    if not isinstance(module, ImageGenerator):
+        raise ConfigError(
+            f"expected a model that generates images; got `{type(module).__name__}`. "
+            "Remove the callback that needs one."
+        )
+    return module
 
 
 class TextToImage:

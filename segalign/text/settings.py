@@ -6,7 +6,6 @@ from typing import Literal
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from segalign.text.caption_plan import LongSegments
-from segalign.text.conditioning import TextConditioner
 from segalign.text.segment_encoder import SegmentEncoder
 from segalign.text.segmenter import Segmenter
 from segalign.text.special_tokens import SpecialTokenPolicy
@@ -36,7 +35,9 @@ class TextEncoding:
     mask_padding: bool = False
     cache_megabytes: int = 256
 
-    def build(self, text_model: CLIPTextModel, tokenizer: CLIPTokenizer) -> TextConditioner:
+    def build(
+        self, text_model: CLIPTextModel, tokenizer: CLIPTokenizer
+    ) -> SegmentEncoder | TruncatedEncoder:
         """Make the encoder around a text model."""
         if self.kind == "truncated":
             return TruncatedEncoder(text_model, tokenizer, cache_bytes=self.cache_megabytes * 2**20)

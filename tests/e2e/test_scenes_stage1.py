@@ -4,8 +4,9 @@ import csv
 import json
 from pathlib import Path
 
-import main
 from PIL import Image
+
+import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
