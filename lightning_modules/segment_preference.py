@@ -163,7 +163,8 @@ class SegmentPreferenceModule(TrainingModule):
         """Return what the ends of sentences do not tell of them, ``(B,)``."""
         assert self.reader is not None
         where, labels = self.reader.statements(batch["captions"], batch["metadata"], self.tokenizer)
-        return self.reader(self._text_states(batch["captions"])[1], where, labels)
+        losses: Tensor = self.reader(self._text_states(batch["captions"])[1], where, labels)
+        return losses
 
     def _contrastive_losses(self, batch: CaptionBatch, image_features: Tensor) -> Tensor:
         """Set each image's caption, or one segment of it, against others and its own edits."""

@@ -68,7 +68,7 @@ def read_scenes(images: Tensor, world: World) -> Reading:
 def _split_cells(images: Tensor, world: World) -> Tensor:
     """Cut images into cells, ``(B, P, D)``."""
     rows = world.num_rows
-    grid = images.unflatten(3, (rows, CELL_PIXELS)).unflatten(2, (rows, CELL_PIXELS))
+    grid = images.reshape(len(images), 3, rows, CELL_PIXELS, rows, CELL_PIXELS)
     return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 

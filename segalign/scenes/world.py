@@ -4,6 +4,7 @@ A scene is a square grid of cells on a plain background; a cell is empty or hold
 has a shape, a colour and a size.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
@@ -48,7 +49,7 @@ class World:
     @property
     def num_rows(self) -> int:
         """Rows of the grid, as many as columns."""
-        return round(len(self.places) ** 0.5)
+        return math.isqrt(len(self.places))
 
     @property
     def image_size(self) -> int:
