@@ -97,9 +97,11 @@ def score_base(base: ScenesBase) -> dict[str, float]:
 
 
 def describe_run(run: Path) -> dict[str, Any]:
-    """Summarise a run: its config, seed, steps, and validation curve."""
+    """Summarise a run: its config, seed, steps and validation curve, and the run it started from."""
     config = yaml.safe_load((run / "config.yaml").read_text())
+    earlier = config["model"]["init_args"].get("start_from")
     return {
+        **({"starts_from": describe_run(Path(earlier))} if earlier else {}),
         "model": config["model"],
         "data": config["data"],
         "seed": config["seed_everything"],

@@ -1,5 +1,6 @@
 """SIGKILL at any moment costs at most the steps since the last checkpoint."""
 
+import csv
 import json
 import os
 import random
@@ -146,3 +147,45 @@ def test_kills_at_random_times_change_nothing(server, start, tmp_path, seed):
     assert server.wait() == 0
     assert_ended_alike(straight, broken)
     assert len(list_checkpoints(broken)) == 2
+
+
+def stage_one(run_dir: Path, *callbacks: dict) -> list[str]:
+    """Compose a fit of the real stage 1 on tiny scenes."""
+    repository = Path(__file__).parents[2]
+    scenes = {"world": "2x2", "num_train": 24, "num_val": 4, "root": str(run_dir.parent / "scenes")}
+    base = {"world": "2x2", "generator": "random", "text_model": "random"}
+    averaged = [{"class_path": "callbacks.ema.EMA"}, *callbacks]
+    return [
+        "fit", f"--config={repository / 'configs/quickstart.yaml'}",
+        "--allow_import=toy_house", "--ckpt_path=auto", f"--run_dir={run_dir}",
+        f"--data.init_args.scenes={json.dumps(scenes)}", "--data.init_args.num_workers=1",
+        "--data.init_args.global_batch_size=8", "--trainer.max_steps=8",
+        f"--model.init_args.base.init_args={json.dumps(base)}",
+        f"--trainer.callbacks={json.dumps(averaged)}",
+        "--trainer.accumulate_grad_batches=2", "--trainer.log_every_n_steps=1",
+        "--checkpoint.every_n_steps=2",
+    ]  # fmt: skip
+
+
+def logged_losses(run_dir: Path) -> dict[str, str]:
+    with (run_dir / "logs" / "metrics.csv").open(newline="") as lines:
+        return {row["step"]: row["train/loss"] for row in csv.DictReader(lines)}
+
+
+def test_stage_one_resumes_bit_identically_after_a_kill(server, tmp_path):
+    # 24 samples in batches of 8: the kill at step 5 is in the middle of the second epoch.
+    log = tmp_path / "log.txt"
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    server.start(stage_one(straight), log)
+    assert server.wait() == 0, log.read_text()
+    kill = {"class_path": "toy_house.Kill", "init_args": {"at_step": 5}}
+    server.start(stage_one(broken, kill), log)
+    assert server.wait() == -signal.SIGKILL
+    assert newest_checkpoint(broken).name == "step-00000004"
+    server.start(stage_one(broken), log)
+    assert server.wait() == 0, log.read_text()
+    assert len(logged_losses(straight)) == 8
+    assert logged_losses(broken) == logged_losses(straight)
+    for name in ("model", "ema", "optimizer"):
+        one, other = (newest_checkpoint(run) / f"{name}.safetensors" for run in (straight, broken))
+        assert one.read_bytes() == other.read_bytes(), name

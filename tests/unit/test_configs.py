@@ -18,6 +18,7 @@ RECIPES = (
     "scenes/scorer.yaml",
 )
 LAYERS = {
+    "scenes/reader.yaml": "scenes/scorer.yaml",
     "base/logging.yaml": "scenes/align.yaml",
     "base/trainer.yaml": "scenes/align.yaml",
     "debug/overfit.yaml": "scenes/align.yaml",
