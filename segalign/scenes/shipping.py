@@ -99,7 +99,8 @@ def score_base(base: ScenesBase) -> dict[str, float]:
 def describe_run(run: Path) -> dict[str, Any]:
     """Summarise a run: its config, seed, steps and validation curve, and the run it started from."""
     config = yaml.safe_load((run / "config.yaml").read_text())
-    earlier = config["model"]["init_args"].get("start_from")
+    settings = config["model"]["init_args"]
+    earlier = settings.get("start_from") or _earlier_generator(settings)
     return {
         **({"starts_from": describe_run(Path(earlier))} if earlier else {}),
         "model": config["model"],
@@ -108,6 +109,12 @@ def describe_run(run: Path) -> dict[str, Any]:
         "steps": checkpoint_step(resolve_checkpoint(run)),
         "curve": _validation_curve(run / "logs" / "metrics.csv"),
     }
+
+
+def _earlier_generator(settings: dict[str, Any]) -> str | None:
+    """Name the run that a generator started from."""
+    source = settings.get("base", {}).get("init_args", {}).get("generator", "random")
+    return None if source in ("random", "shipped") else str(source)
 
 
 def _validation_curve(file: Path) -> list[dict[str, float]]:

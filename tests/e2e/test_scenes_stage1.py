@@ -96,3 +96,17 @@ def test_the_scorer_trains_with_both_losses(tmp_path):
     assert len(metric(run_dir, "train/loss")) == 2
     assert len(metric(run_dir, "train/contrastive_loss")) == 1
     assert 0 <= metric(run_dir, "val/dense_accuracy")[0] <= 1
+
+
+def test_the_quickstart_runs_on_the_shipped_base(tmp_path, capsys):
+    scenes = {"num_train": 64, "num_val": 8, "root": str(tmp_path / "scenes")}
+    code = main.main([
+        "fit", "--config", str(CONFIGS / "quickstart.yaml"), "--run_dir", str(tmp_path / "run"),
+        "--data.init_args.scenes", json.dumps(scenes), "--trainer.max_steps", "2",
+        "--trainer.callbacks.num_samples", "2", "--model.init_args.sampler.num_inference_steps", "4",
+    ])  # fmt: skip
+    assert code == 0
+    rows = (tmp_path / "run" / "report.md").read_text().splitlines()
+    truncated = next(row for row in rows if row.startswith("| short | truncated"))
+    before = float(truncated.split("|")[3].split("->")[0])
+    assert before > 0.8  # the base follows what it can read

@@ -19,6 +19,7 @@ RECIPES = (
 )
 LAYERS = {
     "scenes/reader.yaml": "scenes/scorer.yaml",
+    "scenes/shapes.yaml": "scenes/generator.yaml",
     "base/logging.yaml": "scenes/align.yaml",
     "base/trainer.yaml": "scenes/align.yaml",
     "debug/overfit.yaml": "scenes/align.yaml",
