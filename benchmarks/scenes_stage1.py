@@ -17,11 +17,9 @@ from pathlib import Path
 
 import torch
 
-from segalign.diffusion.generator import TextToImage
-from segalign.diffusion.sampler import DDIMSampler
 from segalign.run_directory import newest_checkpoint, stored_step
 from segalign.scenes.base import ScenesBase
-from segalign.scenes.evaluation import score_generator
+from segalign.scenes.evaluation import score_bundle
 from segalign.scenes.samples import make_sample
 from segalign.text.settings import TextEncoding
 from segalign.text.special_tokens import SpecialTokenPolicy
@@ -35,19 +33,19 @@ ARMS = {
 }
 SCORE_STREAM = 2**40 + 2
 LENGTHS = ("short", "long", "very_long")
-SAMPLER = DDIMSampler(num_inference_steps=10, guidance_scale=2.0)
 
 
 def encoding(arm: str) -> TextEncoding:
     """Return how an arm reads captions."""
     policy = SpecialTokenPolicy(**NAIVE) if arm == "naive" else SpecialTokenPolicy()
     kind = "truncated" if arm == "truncated" else "segments"
+    # Room for captions of 690 words and their start tokens; padding is masked.
     return TextEncoding(kind=kind, policy=policy, token_budget=900, mask_padding=True)
 
 
 def train(arm: str, seed: int, steps: int, runs: Path) -> Path:
     """Fine-tune the base in a process of its own; resume or skip what is there."""
-    run_dir = runs / f"{arm}-{seed}"
+    run_dir = runs / f"{arm}-{seed}-{steps}"
     found = newest_checkpoint(run_dir)
     if found is not None and stored_step(found) >= steps:
         return run_dir
@@ -58,7 +56,7 @@ def train(arm: str, seed: int, steps: int, runs: Path) -> Path:
         "--trainer.num_sanity_val_steps", "0", "--trainer.enable_progress_bar", "false",
         *ARMS[arm],
     ]  # fmt: skip
-    log = runs / f"{arm}-{seed}.log"
+    log = runs / f"{arm}-{seed}-{steps}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -69,18 +67,10 @@ def train(arm: str, seed: int, steps: int, runs: Path) -> Path:
 def score(generator: str, arm: str, num_captions: int) -> dict[str, float]:
     """Score weights under an arm's encoding on captions of every length."""
     bundle = ScenesBase(generator=generator).load()
-    conditioner = encoding(arm).build(bundle.text_model, bundle.tokenizer)
-    model = TextToImage(
-        bundle.unet.eval(), conditioner, bundle.codec, bundle.schedule,
-        image_size=bundle.image_size, mask_padding=True,
-    )  # fmt: skip
     figures: dict[str, float] = {}
     for length in LENGTHS:
         samples = [make_sample("3x3", SCORE_STREAM, i, length=length) for i in range(num_captions)]
-        result = score_generator(
-            lambda captions, ids: model.sample(captions, model.noise(ids, 1234), SAMPLER),
-            samples, bundle.tokenizer, batch_size=64,
-        )  # fmt: skip
+        result = score_bundle(bundle, encoding(arm), samples)
         figures |= {f"{length}/{k}": v for k, v in result.accuracies().items()}
         figures |= {f"{length}/chance/{k}": v for k, v in result.chance_accuracies().items()}
     return figures

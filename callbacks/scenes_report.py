@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from segalign.atomic import write_text_atomic
+from segalign.data.progress import show_progress
 from segalign.diffusion.generator import ImageGenerator, Weights
 from segalign.errors import ConfigError
 from segalign.pictures import Panel, panel_grid
@@ -70,7 +71,7 @@ class ScenesReport(Callback):
         world: str = "3x3",
         num_captions: PositiveInt = 96,
         num_pictures: PositiveInt = 6,
-        batch_size: PositiveInt = 96,
+        batch_size: PositiveInt = 32,
         eval_seed: int = 1234,
         weights: Weights = "raw",
     ) -> None:
@@ -89,27 +90,29 @@ class ScenesReport(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score the base, unless a checkpoint has brought its score."""
         if not self.rows:
-            Console().print("Scoring the base model ...")
             self._before = self._score_all(_switchable(pl_module), "before", "raw")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score the trained model."""
-        Console().print("Scoring the trained model ...")
         self._after = self._score_all(_switchable(pl_module), "after", self.weights)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the report; a run that was finished before only repeats it."""
+        """Write the report; a run that was finished before repeats it, or makes it up."""
+        run_dir = Path(trainer.default_root_dir)
+        written = (run_dir / "report.md").is_file()
+        if self._after is None and not written and self.rows:
+            self._after = self._score_all(_switchable(pl_module), "after", self.weights)
         if not trainer.is_global_zero:
             return
-        run_dir = Path(trainer.default_root_dir)
         if self._after is not None:
             self._write(run_dir, self._after)
-        elif (run_dir / "report.md").is_file():
-            Console().print("This run was finished before.", (run_dir / "report.md").read_text())
+        elif written:
+            console = Console()
+            console.print("This run was finished before.", (run_dir / "report.md").read_text())
             where = run_dir / "report.png"
-            Console().print(f"Prompts with images before and after: {where}", soft_wrap=True)
+            console.print(f"Prompts with images before and after: {where}", soft_wrap=True)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -144,7 +147,11 @@ class ScenesReport(Callback):
             pictures.extend(images.cpu()[: self.num_pictures - len(pictures)])
             return images
 
-        score = score_generator(generate, self._samples(length), clip_tokenizer(), self.batch_size)
+        title = f"scoring {when} training: {length} captions, {encoding}"
+        with show_progress(title, self.num_captions) as advance:
+            score = score_generator(
+                generate, self._samples(length), clip_tokenizer(), self.batch_size, advance
+            )
         row = self.rows.setdefault(f"{length} | {encoding}", {})
         chance = score.chance_accuracies()
         row |= {f"{when} {name}": value for name, value in score.accuracies().items()}

@@ -1,6 +1,7 @@
 """Stage 1: supervised fine-tuning of a text-to-image model on long captions."""
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,8 +18,11 @@ from segalign.diffusion.lora import LoraSettings
 from segalign.diffusion.sampler import DDIMSampler
 from segalign.losses.diffusion import denoising_loss, min_snr_weights
 from segalign.rng import counter_normal, counter_uniform
+from segalign.text.conditioning import TextConditioning, TextReport
 from segalign.text.settings import TextEncoding
 from segalign.types import CaptionBatch
+
+_logger = logging.getLogger(__name__)
 
 
 class LongTextDiffusionModule(TrainingModule):
@@ -67,6 +71,7 @@ class LongTextDiffusionModule(TrainingModule):
         self.eval_seed = eval_seed
         self.min_snr_gamma = min_snr_gamma
         self.timestep_shift = timestep_shift
+        self._warned_of_lost_text = False
         self.latent_cache = LatentCache(latent_cache_megabytes * 2**20)
 
     @override
@@ -100,7 +105,9 @@ class LongTextDiffusionModule(TrainingModule):
                 batch["epochs"].tolist(), batch["sample_ids"].tolist(), strict=True
             )
         ]
-        losses = self._losses(latents, batch["captions"], counters)
+        text = self.generator.conditioner(batch["captions"])
+        self._report_lost_text(text.report, batch)
+        losses = self._losses(latents, text, counters)
         loss = self.reduce_losses(losses, batch["valid"])
         self.log_train("loss", loss.detach(), batch)
         return loss
@@ -108,7 +115,8 @@ class LongTextDiffusionModule(TrainingModule):
     @override
     def validation_step(self, batch: CaptionBatch, batch_idx: int) -> None:
         counters = [(self.eval_seed, sample_id) for sample_id in batch["sample_ids"].tolist()]
-        losses = self._losses(self.codec.encode(batch["images"]), batch["captions"], counters)
+        text = self.generator.conditioner(batch["captions"])
+        losses = self._losses(self.codec.encode(batch["images"]), text, counters)
         valid = batch["valid"]
         self.log(
             "val/loss",
@@ -149,10 +157,28 @@ class LongTextDiffusionModule(TrainingModule):
             self.text, self.generator = own, generator
 
     def _latents(self, batch: CaptionBatch) -> Tensor:
-        return self.latent_cache.encode(self.codec, batch["images"], batch["sample_ids"].tolist())
+        return self.latent_cache.encode(
+            self.codec, batch["images"], batch["sample_ids"].tolist(), batch["valid"].tolist()
+        )
+
+    def _report_lost_text(self, report: TextReport, batch: CaptionBatch) -> None:
+        """Log how much text did not fit, and say so the first time."""
+        lost = {name: report.totals()[name] for name in ("dropped_tokens", "cut_segments")}
+        for name, count in lost.items():
+            self.log(f"train/{name}", float(count), batch_size=len(batch["valid"]))
+        if lost["dropped_tokens"] and not self._warned_of_lost_text:
+            self._warned_of_lost_text = True
+            kept = report.totals()["kept_tokens"]
+            _logger.warning(
+                "%d of %d text tokens of a batch do not fit the %s encoding; see "
+                "train/dropped_tokens, and raise `text.token_budget` or use `text.kind: segments`",
+                lost["dropped_tokens"],
+                kept + lost["dropped_tokens"],
+                self.text.kind,
+            )
 
     def _losses(
-        self, latents: Tensor, captions: Sequence[str], counters: Sequence[tuple[int, ...]]
+        self, latents: Tensor, text: TextConditioning, counters: Sequence[tuple[int, ...]]
     ) -> Tensor:
         """Compute the denoising loss of each sample, ``(B,)``."""
         schedule = self.generator.schedule
@@ -160,7 +186,7 @@ class LongTextDiffusionModule(TrainingModule):
         timesteps = schedule.shifted_timesteps(draws, self.timestep_shift).to(latents.device)
         noise = counter_normal("training noise", counters, latents.shape[1:]).to(latents)
         noisy = schedule.add_noise(latents, noise, timesteps)
-        output = self.generator.predict(noisy, timesteps, self.generator.conditioner(captions))
+        output = self.generator.predict(noisy, timesteps, text)
         losses = denoising_loss(output, schedule.training_target(latents, noise, timesteps))
         if self.min_snr_gamma is None:
             return losses

@@ -1,5 +1,6 @@
 """Training of CLIP-type scorers with segment-level losses."""
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from random import Random
@@ -137,12 +138,10 @@ class SegmentPreferenceModule(TrainingModule):
             "val/dense_accuracy", answered, prog_bar=True, sync_dist=True, batch_size=num_valid
         )
 
-    @override
-    def on_train_batch_end(self, outputs: object, batch: CaptionBatch, batch_idx: int) -> None:
-        """Keep the temperature in its range."""
-        bound = float(torch.tensor(float(self.max_logit_scale)).log())
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(max=bound)
+    @property
+    def logit_scale(self) -> Tensor:
+        """Log of the inverse temperature, ``(1,)``, bounded where it is used."""
+        return self.model.logit_scale.clamp(max=math.log(self.max_logit_scale)).reshape(1)
 
     def _dense_losses(
         self, batch: CaptionBatch, image_features: Tensor, step: int
@@ -151,7 +150,7 @@ class SegmentPreferenceModule(TrainingModule):
         random = Random(counter_seed("question bank", self.seed, step))  # noqa: S311
         bank = draw_question_bank(self.world, random)
         answers = question_answers(batch["metadata"], self.world).to(self.device)
-        scaled = self.model.logit_scale.exp() * image_features
+        scaled = self.logit_scale.exp() * image_features
         (losses, right), (last_losses, _) = (
             dense_segment_loss(answer_logits(scaled @ segments.T, bank.table), answers)
             for segments in self.text_features(bank.segments)
@@ -177,7 +176,7 @@ class SegmentPreferenceModule(TrainingModule):
                 image_features,
                 pooled[: len(texts)],
                 pooled[len(texts) :].unflatten(0, (len(texts), self.num_edits)),
-                self.model.logit_scale,
+                self.logit_scale,
             )
             for pooled in features
         ]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -64,13 +65,16 @@ class DiffusersFolder:
                     f"expected a diffusers folder with `{part}/` at `{folder}`; found none. "
                     "Download the model and set `path` to its folder."
                 )
-        vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True)
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+        safe = {"torch_dtype": torch.float32, "use_safetensors": True}
+        vae = AutoencoderKL.from_pretrained(folder / "vae", **safe)
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **safe)
         codec = VAECodec(vae)
         scale = 2 ** (len(vae.config.block_out_channels) - 1)
         return DiffusionBundle(
             unet=unet,
-            text_model=CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True),
+            text_model=CLIPTextModel.from_pretrained(
+                folder / "text_encoder", dtype=torch.float32, use_safetensors=True
+            ),
             tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
             codec=codec,
             schedule=NoiseSchedule.from_config(DDPMScheduler.load_config(folder / "scheduler")),

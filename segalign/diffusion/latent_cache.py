@@ -23,27 +23,32 @@ class LatentCache:
         self.num_bytes = 0
         self._latents: dict[int, Tensor] = {}
 
-    def encode(self, codec: LatentCodec, images: Tensor, sample_ids: Sequence[int]) -> Tensor:
+    def encode(
+        self, codec: LatentCodec, images: Tensor, sample_ids: Sequence[int], valid: Sequence[bool]
+    ) -> Tensor:
         """Encode images, or recall their latents.
 
         Args:
             codec: The codec.
             images: Float in [0, 1], ``(B, 3, H, W)``.
             sample_ids: ``B`` ids.
+            valid: ``B`` flags; what stands in for an unreadable image is never kept.
 
         Returns:
             Latents ``(B, c, h, w)``, no gradient.
         """
         missing = [row for row, key in enumerate(sample_ids) if key not in self._latents]
-        with torch.no_grad():
-            fresh = codec.encode(images[missing] if len(missing) < len(images) else images)
-        rows = dict(zip(missing, fresh, strict=True))
+        rows: dict[int, Tensor] = {}
+        if missing:
+            with torch.no_grad():
+                rows = dict(zip(missing, codec.encode(images[missing]), strict=True))
         latents = [
             rows[row] if row in rows else self._latents[key].to(images.device)
             for row, key in enumerate(sample_ids)
         ]
         for row, latent in rows.items():
-            self._keep(sample_ids[row], latent)
+            if valid[row]:
+                self._keep(sample_ids[row], latent)
         return torch.stack(latents)
 
     def _keep(self, key: int, latent: Tensor) -> None:

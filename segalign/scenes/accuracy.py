@@ -11,8 +11,9 @@ from segalign.scenes.grammar import ATTRIBUTES
 from segalign.scenes.world import Scene
 
 # Positions are token indices with the start token at 0. A 77-position encoder reads tokens 1..75
-# of a longer caption; what it reads of a sentence across the border is neither within nor past.
-WITHIN_32 = 31
+# of a longer caption, a 32-position one 1..30; a sentence across the border of 77, which is read in
+# part, is neither within nor past.
+WITHIN_32 = 30
 WITHIN_77 = 75
 
 

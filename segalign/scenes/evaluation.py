@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from segalign.diffusion.bundle import DiffusionBundle
+from segalign.diffusion.generator import TextToImage
+from segalign.diffusion.sampler import DDIMSampler
+from segalign.errors import ConfigError
 from segalign.scenes.accuracy import FactRecord, accuracies, count_facts, fact_records
 from segalign.scenes.grammar import FACT_KINDS
 from segalign.scenes.oracle import read_scenes
 from segalign.scenes.samples import SceneSample
 from segalign.scenes.world import World, get_world
+from segalign.text.settings import TextEncoding
 from segalign.text.tokenizer import char_token_positions
 
 Generate = Callable[[Sequence[str], Sequence[int]], Tensor]
@@ -60,6 +65,11 @@ class SceneScore:
                 self.chance.update(count_facts(facts, other))
 
     def _records(self, caption: str, metadata: Mapping[str, Any]) -> list[FactRecord]:
+        if "facts" not in metadata:
+            raise ConfigError(
+                "expected captions of scenes, with their facts, for the oracle; got others. "
+                "Remove the scenes callbacks from `trainer.callbacks`."
+            )
         positions = char_token_positions(caption, self.tokenizer)
         return fact_records(metadata["facts"], positions.tolist())
 
@@ -88,7 +98,11 @@ _KEYS = tuple((name, part) for name in NAMES for part in ("right", "all"))
 
 
 def score_generator(
-    generate: Generate, samples: Sequence[SceneSample], tokenizer: CLIPTokenizer, batch_size: int
+    generate: Generate,
+    samples: Sequence[SceneSample],
+    tokenizer: CLIPTokenizer,
+    batch_size: int,
+    advance: Callable[[int], None] | None = None,
 ) -> SceneScore:
     """Generate a picture for every sample's caption and score them all.
 
@@ -96,7 +110,8 @@ def score_generator(
         generate: ``(captions, sample_ids) -> images``.
         samples: Samples of one world.
         tokenizer: Places facts on token positions.
-        batch_size: Pictures made at once; it does not change the result.
+        batch_size: Pictures made at once; only the pairs of chance depend on it.
+        advance: Told how many more captions are done.
     """
     score = SceneScore(get_world(samples[0].metadata["world"]), tokenizer)
     for start in range(0, len(samples), batch_size):
@@ -104,4 +119,32 @@ def score_generator(
         captions = [row.caption for row in rows]
         images = generate(captions, range(start, start + len(rows)))
         score.update(images, captions, [row.metadata for row in rows])
+        if advance is not None:
+            advance(len(rows))
     return score
+
+
+def score_bundle(
+    bundle: DiffusionBundle, text: TextEncoding, samples: Sequence[SceneSample]
+) -> SceneScore:
+    """Score a model as the benchmark does: 10 DDIM steps, guidance 2, one noise for all models.
+
+    Args:
+        bundle: The model.
+        text: How it reads captions.
+        samples: Samples of one world.
+    """
+    model = TextToImage(
+        bundle.unet.eval(),
+        text.build(bundle.text_model, bundle.tokenizer),
+        bundle.codec,
+        bundle.schedule,
+        image_size=bundle.image_size,
+        mask_padding=text.mask_padding,
+    )
+    sampler = DDIMSampler(num_inference_steps=10, guidance_scale=2.0)
+
+    def generate(captions: Sequence[str], sample_ids: Sequence[int]) -> Tensor:
+        return model.sample(captions, model.noise(sample_ids, 1234), sampler)
+
+    return score_generator(generate, samples, bundle.tokenizer, batch_size=64)

@@ -4,10 +4,11 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel
 
 from segalign.scenes.world import CELL_PIXELS, World
+from segalign.text.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
 
 TEXT_WIDTH = 64
 UNSHUFFLE_FACTOR = 6
-START_TOKEN, END_TOKEN, VOCABULARY_SIZE, CONTEXT_LENGTH = 49406, 49407, 49408, 77
+START_TOKEN, END_TOKEN = VOCAB_SIZE - 2, VOCAB_SIZE - 1
 
 # A clean image is easier to predict than noise for a network narrower than its input.
 SCHEDULER_CONFIG = {
@@ -30,7 +31,7 @@ def scorer_model(world: World) -> CLIPModel:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": CONTEXT_LENGTH,
-        "vocab_size": VOCABULARY_SIZE,
+        "vocab_size": VOCAB_SIZE,
         "bos_token_id": START_TOKEN,
         "eos_token_id": END_TOKEN,
         "pad_token_id": END_TOKEN,

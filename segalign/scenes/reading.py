@@ -63,7 +63,8 @@ class FactReader(nn.Module):
                 if positions[end - 1] < CONTEXT_LENGTH - 1:
                     places.append((row, int(positions[end - 1])))
                     self._label(labels, facts)
-        return torch.tensor(places).view(-1, 2), {k: torch.tensor(v) for k, v in labels.items()}
+        where = torch.tensor(places, dtype=torch.int64).view(-1, 2)
+        return where, {k: torch.tensor(v, dtype=torch.int64) for k, v in labels.items()}
 
     def _label(self, labels: dict[str, list[int]], facts: Mapping[str, tuple[int, str]]) -> None:
         cell = next(iter(facts.values()))[0]
@@ -75,7 +76,7 @@ class FactReader(nn.Module):
         """Compute the loss of each caption.
 
         Args:
-            states: Last hidden states of the text model, ``(B, 77, D)``; carries gradient.
+            states: Last hidden states of the text model, ``(B, S, D)``; carries gradient.
             where: See `statements`.
             labels: See `statements`.
 

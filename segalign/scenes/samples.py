@@ -21,7 +21,7 @@ class SceneSample:
         image: RGB, uint8 ``(H, W, 3)``.
         caption: The text.
         metadata: JSON-able: ``world``, ``scene`` (background, cells), ``facts`` (kind, cell, value,
-            first and last character of the sentence that states it).
+            first character and end (exclusive) of the sentence that states it).
     """
 
     image: NDArray[np.uint8]

@@ -12,8 +12,6 @@ import yaml
 from torch import Tensor
 
 from segalign.atomic import write_text_atomic
-from segalign.diffusion.generator import TextToImage
-from segalign.diffusion.sampler import DDIMSampler
 from segalign.run_directory import checkpoint_step, resolve_checkpoint
 from segalign.scenes.base import (
     GENERATOR_PREFIXES,
@@ -21,9 +19,9 @@ from segalign.scenes.base import (
     TEXT_PREFIXES,
     ScenesBase,
 )
-from segalign.scenes.evaluation import score_generator
+from segalign.scenes.evaluation import score_bundle
 from segalign.scenes.samples import make_sample
-from segalign.scenes.weights import read_weights, save_compact
+from segalign.scenes.weights import fill_weights, load_compact, read_weights, save_compact
 from segalign.text.settings import TextEncoding
 from segalign.text.tokenizer import clip_tokenizer, word_token_ids
 
@@ -54,7 +52,7 @@ def pack_base(scorer: Path, generator: Path, folder: Path) -> str:
         state = read_weights(str(run), part, prefixes, "3x3")
         assert state is not None
         save_compact(state, folder / f"{part}.safetensors", rows)
-    accuracy = score_base(ScenesBase(generator=str(generator), text_model=str(text_run)))
+    accuracy = score_base(folder)
     provenance = {
         "runs": {"scorer": describe_run(scorer), "generator": describe_run(generator)},
         "machine": {"processor": _processor(), "python": platform.python_version()},
@@ -74,30 +72,18 @@ def used_token_ids() -> Tensor:
     return torch.tensor(sorted(used))
 
 
-def score_base(base: ScenesBase) -> dict[str, float]:
-    """Score a base on short captions that it reads whole, by the oracle."""
-    bundle = base.load()
-    conditioner = TextEncoding(kind="truncated").build(bundle.text_model, bundle.tokenizer)
-    generator = TextToImage(
-        bundle.unet.eval(),
-        conditioner,
-        bundle.codec,
-        bundle.schedule,
-        image_size=bundle.image_size,
-        mask_padding=True,
-    )
-    sampler = DDIMSampler(num_inference_steps=10, guidance_scale=2.0)
-    score = score_generator(
-        lambda captions, ids: generator.sample(captions, generator.noise(ids, 1234), sampler),
-        [make_sample("3x3", _SCORE_STREAM, i, length="short") for i in range(_NUM_SCORED)],
-        bundle.tokenizer,
-        batch_size=64,
-    )
+def score_base(folder: Path) -> dict[str, float]:
+    """Score the written weights on short captions that they read whole, by the oracle."""
+    base = ScenesBase(generator="random", text_model="random").load()
+    fill_weights(base.unet, load_compact(folder / "generator.safetensors"), str(folder))
+    fill_weights(base.text_model, load_compact(folder / "text_model.safetensors"), str(folder))
+    samples = [make_sample("3x3", _SCORE_STREAM, i, length="short") for i in range(_NUM_SCORED)]
+    score = score_bundle(base, TextEncoding(kind="truncated", mask_padding=True), samples)
     return {name: round(value, 4) for name, value in score.accuracies().items()}
 
 
 def describe_run(run: Path) -> dict[str, Any]:
-    """Summarise a run: its config, seed, steps and validation curve, and the run it started from."""
+    """Summarise a run: config, seed, steps, validation curve, and the run it started from."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     settings = config["model"]["init_args"]
     earlier = settings.get("start_from") or _earlier_generator(settings)

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from segalign.errors import ConfigError, DataError
+from segalign.errors import ConfigError, DataError, SegalignError
 from segalign.run_directory import resolve_checkpoint
-from segalign.scenes.models import VOCABULARY_SIZE
+from segalign.text.tokenizer import VOCAB_SIZE
 
 _EMBEDDING = "embeddings.token_embedding.weight"
 
@@ -40,7 +40,7 @@ def read_weights(
     if source == "random":
         return None
     if source != "shipped":
-        return _run_weights(Path(source), prefixes)
+        return _run_weights(Path(source), part, prefixes)
     file = shipped_folder() / f"{part}.safetensors"
     if world != "3x3" or not file.is_file():
         raise ConfigError(
@@ -50,9 +50,15 @@ def read_weights(
     return load_compact(file)
 
 
-def _run_weights(path: Path, prefixes: Sequence[str]) -> dict[str, Tensor]:
+def _run_weights(path: Path, part: str, prefixes: Sequence[str]) -> dict[str, Tensor]:
     """Read a run's newest checkpoint; averaged tensors win over raw ones."""
-    checkpoint = resolve_checkpoint(path)
+    try:
+        checkpoint = resolve_checkpoint(path)
+    except SegalignError as error:
+        raise ConfigError(
+            f"expected a run of {part} weights at `{path}`; found no checkpoint. "
+            "Run its recipe in configs/scenes first."
+        ) from error
     state = load_file(checkpoint / "model.safetensors")
     averages = checkpoint / "ema.safetensors"
     if averages.is_file():
@@ -109,7 +115,7 @@ def load_compact(file: Path) -> dict[str, Tensor]:
     state = load_file(file)
     for name in [name for name in state if name.endswith(".rows")]:
         rows = state.pop(name)
-        whole = torch.zeros(VOCABULARY_SIZE, rows.shape[1])
+        whole = torch.zeros(VOCAB_SIZE, rows.shape[1])
         whole[state.pop(name.removesuffix("rows") + "ids")] = rows.float()
         state[name.removesuffix(".rows")] = whole
     return {name: tensor.float() for name, tensor in state.items()}

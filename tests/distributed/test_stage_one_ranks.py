@@ -1,4 +1,4 @@
-"""Two ranks train what one rank trains: same samples, same losses, same weights, same validation."""
+"""Two ranks train what one rank trains: same losses, same weights, same validation."""
 
 import csv
 import json

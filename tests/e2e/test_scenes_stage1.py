@@ -103,7 +103,8 @@ def test_the_quickstart_runs_on_the_shipped_base(tmp_path, capsys):
     code = main.main([
         "fit", "--config", str(CONFIGS / "quickstart.yaml"), "--run_dir", str(tmp_path / "run"),
         "--data.init_args.scenes", json.dumps(scenes), "--trainer.max_steps", "2",
-        "--trainer.callbacks.num_samples", "2", "--model.init_args.sampler.num_inference_steps", "4",
+        "--trainer.callbacks.num_samples", "2",
+        "--model.init_args.sampler.num_inference_steps", "4",
     ])  # fmt: skip
     assert code == 0
     rows = (tmp_path / "run" / "report.md").read_text().splitlines()

@@ -142,9 +142,10 @@ def test_vae_codec_has_the_scale_of_its_config():
 
 class CountingCodec:
     def __init__(self):
-        self.encoded = 0
+        self.encoded = self.calls = 0
 
     def encode(self, images):
+        self.calls += 1
         self.encoded += len(images)
         return images * 2
 
@@ -153,9 +154,18 @@ def test_the_latent_cache_recalls_and_is_bounded():
     codec, images = CountingCodec(), torch.rand(3, 1, 2, 2)
     cache = LatentCache(max_bytes=2 * 16)
     for _ in range(2):
-        assert torch.equal(cache.encode(codec, images, [5, 6, 7]), images * 2)
+        assert torch.equal(cache.encode(codec, images, [5, 6, 7], [True] * 3), images * 2)
     assert codec.encoded == 3 + 1  # the third did not fit
     assert cache.num_bytes == 32
+
+
+def test_the_latent_cache_forgets_stand_ins_and_skips_needless_calls():
+    codec, cache, image = CountingCodec(), LatentCache(max_bytes=1000), torch.ones(1, 1, 2, 2)
+    cache.encode(codec, torch.zeros(1, 1, 2, 2), [5], [False])
+    assert torch.equal(cache.encode(codec, image, [5], [True]), image * 2)
+    assert torch.equal(cache.encode(codec, image, [5], [True]), image * 2)
+    assert codec.encoded == 2
+    assert codec.calls == 2
 
 
 def tiny_unet():

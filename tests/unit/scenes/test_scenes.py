@@ -101,8 +101,8 @@ def test_facts_span_the_sentence_that_states_them():
 @pytest.mark.parametrize(
     ("first", "last", "bucket"),
     [
-        (1, 31, "within_32"),
-        (20, 32, "within_77"),
+        (1, 30, "within_32"),
+        (20, 31, "within_77"),
         (60, 75, "within_77"),
         (70, 76, None),
         (75, 90, None),
