@@ -53,7 +53,7 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 def run_lightning(arguments: Sequence[str]) -> int:
     """Put together what every run has, and train or evaluate."""
-    from callbacks import checkpoint, progress, run_config, run_loggers, step_rng
+    from callbacks import checkpoint, image_writer, progress, run_config, run_loggers, step_rng
     from lightning_modules import cli
 
     parts = cli.RunParts(
@@ -62,6 +62,7 @@ def run_lightning(arguments: Sequence[str]) -> int:
         run_config=run_config.RunConfigWriter,
         step_rng=step_rng.StepRng,
         progress_bar=progress.StepProgressBar,
+        image_writer=image_writer.ImageWriter,
         loggers=run_loggers.run_loggers,
     )
     cli.run(arguments, parts)

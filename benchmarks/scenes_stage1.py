@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--num-captions", type=int, default=256)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "scenes_stage1")
     parser.add_argument("--jobs", type=int, default=2, help="Runs at a time, one core each.")

@@ -14,9 +14,10 @@ from typing_extensions import override
 from segalign.atomic import make_directory, remove_directory
 from segalign.errors import ConfigError
 from segalign.run_directory import (
+    check_start,
     checkpoint_path,
     checkpoints_directory,
-    list_checkpoints,
+    clear_superseded,
     prune_checkpoints,
     remove_stale,
 )
@@ -69,7 +70,9 @@ class RunCheckpoint(Checkpoint):
         every_n_steps: Optimizer steps between two checkpoints.
         keep: How many of the newest checkpoints to keep, at least 2: were the newest damaged, the
             one before it could still be used.
-        overwrite: Start over in a run directory that holds checkpoints, which are deleted.
+        overwrite: Start over in a run directory that holds checkpoints, which are deleted, with
+            ``ckpt_path: auto`` too. With another ``ckpt_path``, go on from there and delete those
+            checkpoints of the run directory that are later or of another run.
 
     Raises:
         ConfigError: If ``keep`` is below 2.
@@ -101,18 +104,13 @@ class RunCheckpoint(Checkpoint):
         """Tidy up after a killed attempt, and refuse to mix two runs in one directory."""
         if getattr(trainer, "fast_dev_run", False):
             return
-        existing = list_checkpoints(self._run_dir) if trainer.ckpt_path is None else []
-        if existing and not self.overwrite:
-            raise ConfigError(
-                f"expected an empty run directory for a new run; `{self._run_dir}` holds "
-                f"`{existing[-1].name}`. Go on with `--ckpt_path auto`, choose another `--run_dir`,"
-                " or start over with `--checkpoint.overwrite true`."
-            )
+        start = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
+        if not self.overwrite:
+            check_start(self._run_dir, start)
         if trainer.is_global_zero:
             make_directory(checkpoints_directory(self._run_dir))
             remove_stale(self._run_dir)
-            for path in existing:
-                remove_directory(path)
+            clear_superseded(self._run_dir, start, delete=self.overwrite)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
-from segalign.errors import StorageError
+from segalign.atomic import make_directory, storage_errors
 from segalign.pictures import to_uint8
 from segalign.types import CaptionBatch
 
@@ -31,14 +31,9 @@ class ImageWriter(Callback):
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the folder, and start this rank's list of captions anew."""
-        try:
-            self._folder(trainer).mkdir(parents=True, exist_ok=True)
+        make_directory(self._folder(trainer))
+        with storage_errors(self._captions(trainer)):
             self._captions(trainer).write_text("")
-        except OSError as error:
-            raise StorageError(
-                f"expected to write to `{self._folder(trainer)}`; got {error.strerror}. "
-                "Choose another `run_dir`."
-            ) from error
 
     @override
     def on_predict_batch_end(
@@ -55,10 +50,15 @@ class ImageWriter(Callback):
         for row, sample_id in enumerate(batch["sample_ids"].tolist()):
             if batch["valid"][row]:
                 name = f"{sample_id:08d}.png"
-                Image.fromarray(to_uint8(outputs[row])).save(self._folder(trainer) / name)
+                with storage_errors(self._folder(trainer) / name):
+                    Image.fromarray(to_uint8(outputs[row])).save(self._folder(trainer) / name)
                 lines.append({"file": name, "caption": batch["captions"][row]})
-        with self._captions(trainer).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        with (
+            storage_errors(self._captions(trainer)),
+            self._captions(trainer).open("a", encoding="utf-8") as file,
+        ):
+            file.write(text)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.folder

@@ -1,10 +1,7 @@
 """The command line of training and evaluation: configs in, a run directory out."""
 
 import argparse
-import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,8 @@ from omegaconf.errors import InterpolationKeyError
 from typing_extensions import override
 
 from lightning_modules.config_checks import check_config_files, explain_interpolation
+from lightning_modules.known_noise import without_known_noise
+from lightning_modules.resume_checks import check_training
 from lightning_modules.short_usage_parser import LayeredConfigFile, ShortUsageParser
 from segalign.atomic import make_directory
 from segalign.errors import ConfigError
@@ -39,15 +38,6 @@ ALLOWED_IMPORTS = (
     "torchmetrics",
     "transformers",
 )
-# Lightning 2.6 itself calls what jsonargparse 5 and newer PyTorch will drop; both are bounded in
-# pyproject.toml, so its users need not read about it.
-_KNOWN_WARNINGS = (
-    r"(?s).*JSONARGPARSE_DEPRECATION_WARNINGS",
-    r"(?s).*instantiate_classes",
-    r"(?s).*add_instantiator",
-    r"(?s).*skip_none",
-    r".*isinstance\(treespec, LeafSpec\)",
-)
 _PEEKING: dict[str, Any] = {"add_help": False, "allow_abbrev": False, "exit_on_error": False}
 _STAGES = ("fit", "validate", "test", "predict")
 
@@ -63,6 +53,8 @@ class RunParts:
             line and the names of the config files.
         step_rng: Makes the callback that seeds training steps, from the seed.
         progress_bar: Makes the progress bar.
+        image_writer: Callback class that writes predicted images, added to ``predict`` for modules
+            that generate images.
         loggers: Makes the loggers, from run directory, subcommand and first optimizer step.
     """
 
@@ -71,6 +63,7 @@ class RunParts:
     run_config: Callable[[dict[str, Any], list[str], list[str]], Callback]
     step_rng: Callable[[int], Callback]
     progress_bar: Callable[[], ProgressBar]
+    image_writer: type[Callback]
     loggers: Callable[[Path, str, int], list[Logger]]
 
 
@@ -165,9 +158,10 @@ class SegalignCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         self.run_dir = Path(self._setting("run_dir"))
-        if self.subcommand == "fit":
-            make_directory(self.run_dir)
+        make_directory(self.run_dir)
         self.checkpoint = self._find_checkpoint(self._setting("ckpt_path"))
+        if self.subcommand == "fit":
+            check_training(self._plain_config(), self.run_dir, self.checkpoint)
 
     def _setting(self, key: str) -> Any:
         return self._get(self.config, key)
@@ -177,6 +171,8 @@ class SegalignCLI(LightningCLI):
             return None
         if str(wanted) != "auto":
             return resolve_checkpoint(Path(wanted))
+        if self.subcommand == "fit" and self._setting("checkpoint.overwrite"):
+            return None
         found = newest_checkpoint(self.run_dir)
         if found is None and self.subcommand != "fit":
             raise ConfigError(
@@ -199,6 +195,8 @@ class SegalignCLI(LightningCLI):
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
             callbacks.append(self.parts.progress_bar())
+        if self._lacks_image_writer(callbacks):
+            callbacks.append(self.parts.image_writer())
         plugins = _as_list(settings["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(self.parts.checkpoint_io())
@@ -209,6 +207,10 @@ class SegalignCLI(LightningCLI):
             default_root_dir=str(self.run_dir),
             **kwargs,
         )
+
+    def _lacks_image_writer(self, callbacks: Sequence[Callback]) -> bool:
+        is_written = any(isinstance(callback, self.parts.image_writer) for callback in callbacks)
+        return self.subcommand == "predict" and hasattr(self.model, "generate") and not is_written
 
     def _loggers(self, configured: Any) -> list[Logger] | bool:
         """Add our loggers to the configured ones, but for kinds that are configured already."""
@@ -228,7 +230,10 @@ class SegalignCLI(LightningCLI):
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self.checkpoint}
+        settings = {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self.checkpoint}
+        if subcommand == "predict" and settings.get("return_predictions") is None:
+            settings["return_predictions"] = False
+        return settings
 
 
 def run(argv: Sequence[str], parts: RunParts) -> SegalignCLI:
@@ -248,29 +253,12 @@ def run(argv: Sequence[str], parts: RunParts) -> SegalignCLI:
         import_path_allowlist=[*ALLOWED_IMPORTS, *extra],
     )
     try:
-        with warnings.catch_warnings(), _without_tips():
-            for message in _KNOWN_WARNINGS:
-                warnings.filterwarnings("ignore", message=message)
+        with without_known_noise():
             sources = [Path(source) for source in known.config]
             return SegalignCLI(parts, rest, command=argv, sources=sources)
     finally:
         if extra:
             set_parsing_settings(import_path_denylist=extra)
-
-
-@contextlib.contextmanager
-def _without_tips() -> Iterator[None]:
-    """Keep Lightning from advertising other packages."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-
-    def is_no_tip(record: logging.LogRecord) -> bool:
-        return "Tip: For seamless cloud" not in record.getMessage()
-
-    logger.addFilter(is_no_tip)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_no_tip)
 
 
 def _peek(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -2,12 +2,15 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 
 from segalign.errors import ConfigError, SegalignError
 
 DEBUG_VARIABLE = "SEGALIGN_DEBUG"
+# How PyTorch hands on an error of another process: its message is the whole traceback.
+_HANDED_ON = re.compile(r"Caught (\w+) in .*\nOriginal Traceback ")
 
 
 def run_guarded(command: Callable[[], int]) -> int:
@@ -21,13 +24,23 @@ def run_guarded(command: Callable[[], int]) -> int:
         known = find_user_error(error)
         if known is None or os.environ.get(DEBUG_VARIABLE) == "1":
             raise
-        sys.stderr.write(f"error: {' '.join(str(known).split())}\n")
+        sys.stderr.write(f"error: {' '.join(original_message(known).split())}\n")
         return exit_code(known)
 
 
 def find_user_error(error: BaseException) -> BaseException | None:
     """Find, among an error and its causes, the first whose message tells the user what to do."""
     return next((cause for cause in _causes(error) if _is_user_error(cause)), None)
+
+
+def original_message(error: BaseException) -> str:
+    """Return an error's message, without the traceback of the worker process that raised it."""
+    message = str(error)
+    handed_on = _HANDED_ON.match(message)
+    if handed_on is None:
+        return message
+    raised = re.compile(rf"^(?:\w+\.)*{handed_on.group(1)}: ", re.MULTILINE)
+    return raised.split(message)[-1]
 
 
 def exit_code(error: BaseException) -> int:

@@ -87,5 +87,5 @@ def _draw_panel(
 
 
 def _wrap(caption: str, width: int, max_lines: int) -> list[str]:
-    characters = max(20, int(width / (_FONT_SIZE * 0.47)))
+    characters = max(20, int(width / (_FONT_SIZE * 0.5)))
     return textwrap.wrap(caption, characters, max_lines=max_lines, placeholder=" ...") or [""]

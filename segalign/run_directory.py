@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from segalign.atomic import recover_directory, remove_directory
+from segalign.atomic import recover_directory, remove_directory, storage_errors
 from segalign.errors import ConfigError, DataError
 
 FORMAT_VERSION = 1
@@ -166,6 +166,83 @@ def remove_stale(run_dir: Path) -> None:
         _logger.warning("removed an unfinished checkpoint: %s", stale)
 
 
+def superseded_checkpoints(run_dir: Path, start: Path | None) -> list[Path]:
+    """List the checkpoints that training from ``start`` would mix with its own, the oldest first.
+
+    Args:
+        run_dir: The run directory that training writes into.
+        start: The checkpoint that it starts from; None starts anew.
+
+    Returns:
+        The later checkpoints if ``start`` is one of this run; otherwise all.
+    """
+    existing = list_checkpoints(run_dir)
+    if start is None or start.resolve().parent != checkpoints_directory(run_dir).resolve():
+        return existing
+    step = stored_step(start)
+    return [path for path in existing if checkpoint_step(path) > step]
+
+
+def check_start(run_dir: Path, start: Path | None) -> None:
+    """Refuse to mix two runs in one directory; later checkpoints that are damaged do not count.
+
+    Args:
+        run_dir: The run directory that training writes into.
+        start: The checkpoint that it starts from; None starts anew.
+
+    Raises:
+        ConfigError: If the directory holds checkpoints that training would mix with its own.
+    """
+    superseded = superseded_checkpoints(run_dir, start)
+    if not superseded:
+        return
+    newest = superseded[-1].name
+    if start is None:
+        raise ConfigError(
+            f"expected an empty run directory for a new run; `{run_dir}` holds `{newest}`. "
+            "Go on with `--ckpt_path auto`, choose another `--run_dir`, or start over with "
+            "`--checkpoint.overwrite true`."
+        )
+    if len(superseded) == len(list_checkpoints(run_dir)):
+        raise ConfigError(
+            f"expected a run directory without checkpoints to go on from `{start}`; `{run_dir}` "
+            f"holds `{newest}` of another run. Choose another `--run_dir`, or delete the other "
+            "run's checkpoints with `--checkpoint.overwrite true`."
+        )
+    whole = next((path.name for path in reversed(superseded) if _is_whole(path)), None)
+    if whole is not None:
+        raise ConfigError(
+            f"expected `{start.name}` to be the newest checkpoint of `{run_dir}`, which holds "
+            f"`{whole}` too. Choose another `--run_dir`, or delete the later checkpoints with "
+            "`--checkpoint.overwrite true`."
+        )
+
+
+def clear_superseded(run_dir: Path, start: Path | None, *, delete: bool) -> None:
+    """Delete, or else rename, the checkpoints that training from ``start`` would mix with its own.
+
+    A renamed checkpoint is neither found nor pruned any more.
+    """
+    for path in superseded_checkpoints(run_dir, start):
+        aside = path.with_name(f"{path.name}.damaged")
+        if delete:
+            remove_directory(path)
+            continue
+        with storage_errors(aside):
+            if aside.exists():
+                remove_directory(aside)
+            path.rename(aside)
+        _logger.warning("set a damaged checkpoint aside: %s", aside)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        verify_checkpoint(checkpoint)
+    except DataError:
+        return False
+    return True
+
+
 def stored_step(checkpoint: Path) -> int:
     """Read the optimizer step that a checkpoint was taken at.
 
@@ -173,6 +250,23 @@ def stored_step(checkpoint: Path) -> int:
         DataError: If its ``state.json`` cannot be read.
     """
     try:
-        return int(json.loads((checkpoint / STATE_FILE).read_bytes())["global_step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return int(_read_state(checkpoint)["global_step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(checkpoint, f"`{STATE_FILE}` cannot be read") from error
+
+
+def stored_config(checkpoint: Path) -> dict[str, Any] | None:
+    """Read the resolved config that a checkpoint was trained with, encoded; None if it has none.
+
+    Raises:
+        DataError: If its ``state.json`` cannot be read.
+    """
+    config = _read_state(checkpoint).get("run_config")
+    return config if isinstance(config, dict) else None
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((checkpoint / STATE_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         raise _damaged(checkpoint, f"`{STATE_FILE}` cannot be read") from error

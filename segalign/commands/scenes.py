@@ -5,13 +5,15 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from segalign.commands.parsing import parse_arguments
+
 DESCRIPTION = "Write the tiny base's weights, compact and with their provenance."
 
 
 def build_parser() -> ArgumentParser:
     """Describe the command."""
-    parser = ArgumentParser(prog="main.py scenes", description=DESCRIPTION)
-    pack = ArgumentParser(description=DESCRIPTION)
+    parser = ArgumentParser(prog="main.py scenes", description=DESCRIPTION, exit_on_error=False)
+    pack = ArgumentParser(description=DESCRIPTION, exit_on_error=False)
     pack.add_argument(
         "--scorer", type=str, required=True, help="Run of configs/scenes/scorer.yaml."
     )
@@ -26,7 +28,7 @@ def build_parser() -> ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    options = build_parser().parse_args(list(argv))["pack-base"]
+    options = parse_arguments(build_parser(), argv, ["pack-base"])["pack-base"]
     from segalign.scenes.shipping import pack_base
     from segalign.scenes.weights import shipped_folder
 

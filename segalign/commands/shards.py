@@ -2,15 +2,15 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from segalign.errors import ConfigError, DataError, SegalignError
+from segalign.commands.parsing import parse_arguments
+from segalign.errors import DataError
 
 if TYPE_CHECKING:
     from segalign.data.sources import Source
@@ -22,17 +22,12 @@ _PREFERENCE_FIELDS = (
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run one command line and return its exit code: 0, or that of the error."""
-    try:
-        options = _parser().parse_args(list(argv))
-        return _dispatch(options)
-    except ArgumentError as err:
-        message = " ".join(str(err).split())
-        sys.stderr.write(f"error: {message}; see `main.py shards ... --help`\n")
-        return ConfigError.exit_code
-    except SegalignError as err:
-        sys.stderr.write(f"error: {err}\n")
-        return err.exit_code
+    """Run one command line and return its exit code: 0, or that of defects found.
+
+    Raises:
+        SegalignError: If the arguments do not fit or the command fails.
+    """
+    return _dispatch(parse_arguments(_parser(), argv, ["pack", "index", "verify"]))
 
 
 def _parser() -> ArgumentParser:

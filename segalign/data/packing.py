@@ -26,7 +26,7 @@ from segalign.data.manifest import (
 )
 from segalign.data.processes import run_tasks
 from segalign.data.progress import show_progress
-from segalign.data.sources import Source
+from segalign.data.sources import Members, Source
 from segalign.data.tarfiles import ShardIndex, ShardWriter
 from segalign.errors import DataError
 
@@ -162,7 +162,7 @@ class _ShardPacker:
         unreported = 0
         for position in self.share(number):
             try:
-                members = self.source.members(position)
+                members = self._read_source(position)
             except SampleFault as fault:
                 set_aside.append([self.source.origin(position), fault.reason, fault.detail])
             else:
@@ -173,6 +173,15 @@ class _ShardPacker:
                 unreported = 0
         advance(unreported)
         return set_aside
+
+    def _read_source(self, position: int) -> Members:
+        try:
+            return self.source.members(position)
+        except OSError as err:
+            raise DataError(
+                f"the source must stay readable while it is packed; `{err.filename}`, "
+                f"{self.source.origin(position)}: {err.strerror or err}; restore it and start again"
+            ) from err
 
 
 def _settle_plan(source: Source, folder: Path, samples_per_shard: int) -> None:

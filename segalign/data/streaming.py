@@ -4,14 +4,16 @@ The order depends on the numbers of ranks and workers, a resumed run does not co
 stopped, and nothing tells that samples are missing.
 """
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 
 from segalign.data.manifest import MANIFEST_NAME
 from segalign.data.order import BatchPlan, EpochOrder
@@ -82,8 +84,7 @@ class ShardStream(IterableDataset[RawSample]):
         worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
         stream = self._plan.global_rank * num_workers + worker
         num_streams = self._plan.world_size * num_workers
-        shards = ({"url": url} for url in self._chain(stream, num_streams))
-        samples = webdataset.tarfile_to_samples(handler=_log_and_continue)(shards)
+        samples = self._read(self._chain(stream, num_streams))
         seed = f"{self._seed}/{self._start}/{stream}"
         shuffled = webdataset.shuffle(_SHUFFLE_BUFFER, initial=100, seed=seed)(samples)
         yield from self._number(shuffled, worker, num_workers)
@@ -96,6 +97,24 @@ class ShardStream(IterableDataset[RawSample]):
         while True:
             yield self._urls[order.locate(position)[1]]
             position += num_streams
+
+    def _read(self, chain: Iterable[str]) -> Iterator[RawSample]:
+        """Read shard after shard; those that cannot be read are logged and passed over.
+
+        Raises:
+            DataError: If every shard was tried since the last sample.
+        """
+        fruitless: dict[str, str] = {}
+        for url in chain:
+            if len(fruitless) == len(set(self._urls)):
+                raise _no_samples(fruitless)
+            errors: list[Exception] = []
+            fruitless[url] = "it holds no samples"
+            for sample in _read_shard(url, errors):
+                fruitless.clear()
+                yield sample
+            if errors and url in fruitless:
+                fruitless[url] = _first_line(errors[0])
 
     def _number(
         self, samples: Iterable[RawSample], worker: int, num_workers: int
@@ -131,6 +150,28 @@ def _stable_id(url: str, key: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _log_and_continue(err: Exception) -> bool:
-    _logger.warning("a shard could not be read to its end: %s", str(err).splitlines()[:1])
-    return True
+def _read_shard(url: str, errors: list[Exception]) -> Iterator[RawSample]:
+    """Read one shard; what goes wrong is logged and added to ``errors``."""
+
+    def log_and_continue(error: Exception) -> bool:
+        _logger.warning("`%s` could not be read to its end: %s", url, _first_line(error))
+        errors.append(error)
+        return True
+
+    for source in url_opener([{"url": url}], handler=log_and_continue):
+        with contextlib.closing(source["stream"]):
+            files = tar_file_expander([source], handler=log_and_continue)
+            yield from group_by_keys(files, handler=log_and_continue)
+
+
+def _no_samples(fruitless: Mapping[str, str]) -> DataError:
+    url, reason = next(iter(fruitless.items()))
+    return DataError(
+        f"shards with samples were expected; none of {len(fruitless)} had any, the first, "
+        f"`{url}`: {reason}; check `train_shards`"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return next(iter(reason.splitlines()), type(error).__name__)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_house
 
 from segalign.run_directory import checkpoint_step, list_checkpoints, newest_checkpoint
 from segalign.run_format import load_checkpoint
@@ -134,6 +135,8 @@ def test_a_damaged_checkpoint_is_passed_over(toy_command, run_dir, tmp_path):
     model.write_bytes(model.read_bytes()[:-1])
     assert toy_command("fit", "--ckpt_path=auto") == 0
     assert losses(run_dir) == losses(straight)
+    assert [checkpoint_step(path) for path in list_checkpoints(run_dir)] == [10, 12]
+    assert (run_dir / "checkpoints" / "step-00000011.damaged").is_dir()
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(toy_command, run_dir, capsys):
@@ -166,12 +169,114 @@ def test_the_config_beats_what_a_checkpoint_stores(toy_command, run_dir):
     assert values[1] == pytest.approx(3 * values[0])
 
 
-def test_weights_of_another_model_are_refused(toy_command, tmp_path, run_dir, capsys):
+def test_weights_of_another_model_are_refused(toy_command, tmp_path, monkeypatch, capsys):
     assert toy_command("fit") == 0
-    larger = tmp_path / "larger.yaml"
-    larger.write_text("model: {class_path: toy_house.LargerModule}")
-    assert toy_command("fit", "--ckpt_path=auto", configs=(larger,)) == 65
+    configure_model = toy_house.ToyModule.configure_model
+
+    def configure_larger_model(self):
+        configure_model(self)
+        self.other = torch.nn.Linear(1, 1, bias=False)
+
+    monkeypatch.setattr(toy_house.ToyModule, "configure_model", configure_larger_model)
+    assert toy_command("fit", "--ckpt_path=auto") == 65
     assert "differing in `other.weight`" in capsys.readouterr().err
-    larger.write_text(f"{larger.read_text()}\ntrainer: {{callbacks: []}}")
-    assert toy_command("fit", "--ckpt_path=auto", configs=(larger,)) == 78
+    plain = tmp_path / "plain.yaml"
+    plain.write_text("trainer: {callbacks: []}")
+    assert toy_command("fit", "--ckpt_path=auto", configs=(plain,)) == 78
     assert "1 are missing, `other.weight` first" in capsys.readouterr().err
+
+
+@pytest.fixture
+def refusal(toy_command, run_dir, capsys):
+    """Run a fit that must be refused before it writes anything; returns the line it prints."""
+
+    def run(*options: str) -> str:
+        before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+        capsys.readouterr()
+        assert toy_command("fit", *options) == 78
+        after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+        assert after == before
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: expected ")
+        return line
+
+    return run
+
+
+ONE_CYCLE = """
+model:
+  init_args:
+    lr_scheduler:
+      class_path: torch.optim.lr_scheduler.OneCycleLR
+      init_args: {max_lr: 0.01, total_steps: "${trainer.max_steps}"}
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        (["--trainer.max_steps=8"], "lr_scheduler.init_args.total_steps` (3 -> 8)."),
+        (["--model.init_args.width=7"], "changed: `model.init_args.width` (6 -> 7)."),
+        (["--model=toy_house.LargerModule"], "`model.class_path` (toy_house.ToyModule -> "),
+    ],
+)
+def test_changed_settings_are_not_ignored(toy_command, refusal, tmp_path, options, changed):
+    layer = tmp_path / "one_cycle.yaml"
+    layer.write_text(ONE_CYCLE)
+    first = ["--ckpt_path=auto", f"--config={layer}", "--trainer.max_steps=3"]
+    assert toy_command("fit", *first) == 0
+    line = refusal(*first, *options)
+    assert changed in line
+    assert line.endswith("or start over here with `--checkpoint.overwrite true`.")
+
+
+def test_overwriting_starts_over_with_changed_settings(toy_command, run_dir):
+    assert toy_command("fit", "--ckpt_path=auto", "--trainer.max_steps=6") == 0
+    changed = ["--ckpt_path=auto", "--model.init_args.width=7", "--checkpoint.overwrite=true"]
+    assert toy_command("fit", *changed, "--trainer.max_steps=3") == 0
+    assert [checkpoint_step(path) for path in list_checkpoints(run_dir)] == [3]
+    assert [row["step"] for row in metrics(run_dir)] == ["0", "1", "2"]
+
+
+def test_settings_that_leave_the_sequence_alone_may_change(toy_command, run_dir):
+    assert toy_command("fit", "--trainer.max_steps=3") == 0
+    changed = ["--trainer.log_every_n_steps=2", "--data.init_args.root=elsewhere"]
+    assert toy_command("fit", "--ckpt_path=auto", "--trainer.max_steps=4", *changed) == 0
+    assert checkpoint_step(newest_checkpoint(run_dir)) == 4
+
+
+@pytest.fixture
+def rewound(toy_command, run_dir):
+    """Train to step 4 with checkpoints 2 and 4; returns the options that go back to step 2."""
+    assert toy_command("fit", "--trainer.max_steps=4", "--checkpoint.every_n_steps=2") == 0
+    return [f"--ckpt_path={run_dir}/checkpoints/step-00000002", "--checkpoint.every_n_steps=1"]
+
+
+def test_going_back_does_not_mix_two_runs(toy_command, refusal, run_dir, rewound):
+    line = refusal(*rewound)
+    assert "expected `step-00000002` to be the newest checkpoint" in line
+    assert "holds `step-00000004` too" in line
+    options = ["--checkpoint.overwrite=true", "--trainer.max_steps=3"]
+    assert toy_command("fit", *rewound, *options) == 0
+    assert [checkpoint_step(path) for path in list_checkpoints(run_dir)] == [2, 3]
+
+
+def test_another_run_does_not_go_on_among_checkpoints(
+    toy_command, refusal, run_dir, rewound, tmp_path
+):
+    other = [f"--ckpt_path={run_dir}", f"--run_dir={tmp_path}/other"]
+    assert toy_command("fit", other[1], "--trainer.max_steps=2") == 0
+    line = refusal(*other)
+    assert "to go on from `" in line
+    assert "other` holds `step-00000002` of another run" in line
+    options = ["--checkpoint.overwrite=true", "--trainer.max_steps=5"]
+    assert toy_command("fit", *other, *options) == 0
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path / "other")] == [5]
+    assert [checkpoint_step(path) for path in list_checkpoints(run_dir)] == [2, 4]
+
+
+def test_a_refused_new_run_leaves_no_record(toy_command, refusal, run_dir):
+    assert toy_command("fit", "--trainer.max_steps=2") == 0
+    assert "holds `step-00000002`. Go on with" in refusal("--trainer.max_steps=3")
+    assert len(json.loads((run_dir / "run.json").read_text())["attempts"]) == 1
+    assert not (run_dir / "config.attempt-2.yaml").exists()

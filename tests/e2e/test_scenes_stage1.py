@@ -37,7 +37,6 @@ def diffusion_options(run_dir):
             "class_path": "callbacks.scenes_report.ScenesReport",
             "init_args": {"world": "2x2", "num_captions": 4, "num_pictures": 2, "weights": "ema"},
         },
-        {"class_path": "callbacks.image_writer.ImageWriter"},
     ]
     return [
         "--model.init_args.base.init_args", json.dumps(base),

@@ -2,6 +2,7 @@ import argparse
 import os
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from segalign.error_boundary import run_guarded
@@ -49,6 +50,24 @@ def test_a_user_error_is_found_behind_others(capsys, explicit):
     error = wrapped(ValueError("noise"), DataError("shard 3"), explicit)
     assert run_guarded(raiser(error)) == 65
     assert capsys.readouterr().err == "error: shard 3\n"
+
+
+class Damaged(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        try:
+            raise ValueError("expected: noise")
+        except ValueError as error:
+            raise DataError("expected JSON: line 3;\n got DataError: nothing") from error
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_worker_is_only_its_message(capsys, num_workers):
+    loader = torch.utils.data.DataLoader(Damaged(), num_workers=num_workers)
+    assert run_guarded(lambda: len(list(loader))) == 65
+    assert capsys.readouterr().err == "error: expected JSON: line 3; got DataError: nothing\n"
 
 
 def test_an_omegaconf_error_is_one_line(capsys):

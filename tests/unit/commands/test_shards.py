@@ -5,7 +5,12 @@ import sys
 import pytest
 import webdataset
 
-from segalign.commands.shards import run
+import main
+from segalign.errors import SegalignError
+
+
+def run(argv):
+    return main.main(["shards", *argv])
 
 
 def test_scenes_are_packed_verified_and_shown(tmp_path, capsys):
@@ -69,6 +74,12 @@ def test_defects_end_with_65(tmp_path, capsys):
         (["pack", "scenes", "FILE/x"], 75, "error: expected to be able to write"),
         (["verify", "NOWHERE"], 65, "error: a folder of shards was expected;"),
         (["verify", "EMPTY"], 65, "error: `EMPTY` must hold `manifest.jsonl`; it has none; run"),
+        ([], 78, "error: expected a sub-command of `main.py shards`, one of pack, index, verify; "),
+        (
+            ["pack"],
+            78,
+            'error: expected "pack.kind" to be one of {folder,jsonl,preferences,scenes}',
+        ),
         (["nonsense"], 78, "error: argument pack | index | verify: invalid choice: 'nonsense'"),
     ],
 )
@@ -80,6 +91,12 @@ def test_errors_are_one_line_with_a_code(tmp_path, monkeypatch, capsys, argv, co
     error = capsys.readouterr().err
     assert error.startswith(message)
     assert error.count("\n") == 1
+
+
+def test_debugging_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("SEGALIGN_DEBUG", "1")
+    with pytest.raises(SegalignError):
+        run(["verify", "NOWHERE"])
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["pack", "scenes", "--help"], ["verify", "--help"]])

@@ -7,6 +7,7 @@ import pytest
 import webdataset
 
 from segalign.data.faults import SampleFault
+from segalign.data.jsonl_sources import JsonlSource
 from segalign.data.manifest import load_manifest
 from segalign.data.packing import PLAN_NAME, pack
 from segalign.data.sources import FolderSource
@@ -112,6 +113,19 @@ def test_a_place_that_cannot_be_written(tmp_path):
     message = r"^expected to be able to write `.*`; got: Not a directory\. [^\n]*$"
     with pytest.raises(StorageError, match=message):
         pack(FakeSource(2), tmp_path / "file" / "out")
+
+
+def test_a_source_that_vanishes_is_named(tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"caption": "a"}\n' * 3)
+    source = JsonlSource(lines)
+    lines.unlink()
+    with pytest.raises(DataError) as caught:
+        pack(source, tmp_path / "shards")
+    assert str(caught.value) == (
+        f"the source must stay readable while it is packed; `{lines}`, line at byte 0: "
+        "No such file or directory; restore it and start again"
+    )
 
 
 def test_an_error_in_a_process_reaches_the_caller(tmp_path, image_folder):

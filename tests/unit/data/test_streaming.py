@@ -1,4 +1,6 @@
 import logging
+import re
+import tarfile
 from itertools import islice
 
 import pytest
@@ -7,6 +9,7 @@ import webdataset
 from segalign.data.loaders import BatchSettings, stream_loader
 from segalign.data.order import BatchPlan
 from segalign.data.streaming import stream_urls
+from segalign.error_boundary import original_message
 from segalign.errors import ConfigError, DataError
 
 
@@ -86,6 +89,27 @@ def test_a_broken_shard_is_logged_and_passed_over(foreign, caplog):
         found = batches(foreign, 30)
     assert len(captions(found)) == 150
     assert any("could not be read to its end" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_shards_that_are_all_missing_end_the_stream(tmp_path, num_workers):
+    with pytest.raises(DataError) as caught:
+        batches(f"{tmp_path}/x-{{0..3}}.tar", 1, num_workers=num_workers)
+    message = original_message(caught.value)
+    assert message.startswith("shards with samples were expected; none of 4 had any, the first, `")
+    assert re.search(r"/x-[0-3]\.tar`: No such file or directory; check `train_shards`$", message)
+
+
+def test_a_shard_without_samples_ends_a_stream_of_it_alone(tmp_path):
+    tarfile.open(tmp_path / "empty.tar", "w").close()
+    with pytest.raises(DataError, match=r"/empty\.tar`: it holds no samples; check"):
+        batches(tmp_path, 1)
+
+
+def test_a_single_sample_is_a_stream(tmp_path):
+    with webdataset.ShardWriter(f"{tmp_path}/s-%d.tar", verbose=0) as writer:
+        writer.write({"__key__": "a", "txt": "only"})
+    assert captions(batches(tmp_path, 2)) == ["only"] * 10
 
 
 def test_pipes_are_refused_unless_allowed():

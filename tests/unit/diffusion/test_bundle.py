@@ -33,9 +33,14 @@ def folder(tmp_path_factory):
     )  # fmt: skip
     text = CLIPTextModel(
         CLIPTextConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            bos_token_id=49406, eos_token_id=49407, vocab_size=49408,
-        )  # fmt: skip
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=49406,
+            eos_token_id=49407,
+            vocab_size=49408,
+        )
     )
     unet.half().save_pretrained(path / "unet")
     vae.half().save_pretrained(path / "vae")

@@ -168,6 +168,19 @@ def test_an_unwritable_run_directory_is_one_line(refused, tmp_path):
     assert "file/run`; got: Not a directory" in line
 
 
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_an_unwritable_run_directory_is_one_line_of_evaluation(refused, tmp_path, stage):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "step-00000001").mkdir()
+    options = [f"--run_dir={tmp_path}/file/run", f"--ckpt_path={tmp_path}/step-00000001"]
+    assert "file/run`; got: Not a directory" in refused(*options, stage=stage, code=75)
+
+
+def test_training_without_an_end_is_refused(refused):
+    line = refused(layer="trainer: {max_steps: -1, max_epochs: 3}")
+    assert "because the training data never end; got neither. Set `trainer.max_steps`." in line
+
+
 def test_a_package_is_importable_only_with_permission(toy_config, run_dir, capsys):
     import main
 

@@ -1,16 +1,20 @@
 """What a run gets besides its model and data."""
 
+import functools
 import json
 from argparse import Namespace
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
+import toy_house
 import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import main
 from callbacks.checkpoint import RunCheckpoint, SafetensorsCheckpointIO
+from callbacks.image_writer import ImageWriter
 from callbacks.progress import StepProgressBar
 from callbacks.run_config import RunConfigWriter
 from callbacks.run_loggers import RunCSVLogger
@@ -50,6 +54,33 @@ def test_every_run_has_its_parts(trainer_of, run_dir):
 
 def test_the_progress_bar_can_be_switched_off(trainer_of):
     assert StepProgressBar not in kinds(trainer_of().callbacks)
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_predicted_images_are_written(trainer_of, monkeypatch, configured):
+    monkeypatch.setattr(toy_house.ToyModule, "generate", lambda self: None, raising=False)
+    writer = ["--trainer.callbacks+=callbacks.image_writer.ImageWriter"] if configured else []
+    assert kinds(trainer_of(*writer, stage="predict").callbacks).count(ImageWriter) == 1
+    assert kinds(trainer_of(stage="validate").callbacks).count(ImageWriter) == 0
+
+
+def test_modules_without_images_predict_without_a_writer(trainer_of):
+    assert kinds(trainer_of(stage="predict").callbacks).count(ImageWriter) == 0
+
+
+def test_predictions_are_not_kept_in_memory(toy_command, monkeypatch):
+    kept = []
+    predict = pl.Trainer.predict
+
+    @functools.wraps(predict)
+    def keep(*arguments, **settings):
+        kept.append(predict(*arguments, **settings))
+
+    monkeypatch.setattr(pl.Trainer, "predict", keep)
+    assert toy_command("predict") == 0
+    assert toy_command("predict", "--return_predictions=true") == 0
+    assert kept[0] is None
+    assert len(kept[1]) == 2
 
 
 @pytest.mark.parametrize(
@@ -122,8 +153,6 @@ class Explode(Callback):
 
 
 def test_programming_errors_keep_their_traceback(toy_command, monkeypatch):
-    import toy_house
-
     monkeypatch.setattr(toy_house.LossRecorder, "on_train_start", Explode.on_train_start)
     with pytest.raises(ZeroDivisionError):
         toy_command("fit")

@@ -1,0 +1,133 @@
+"""Checks on a training run before anything is built or written."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from segalign.errors import ConfigError
+from segalign.run_directory import check_start, stored_config
+from segalign.tree_codec import decode_tree
+
+# Sections of a config that decide what a training step computes.
+_COMPARED = ("seed_everything", "model", "data")
+# Settings of `data` that do not: where and how fast it is read, and what evaluation reads. That
+# shards at another place hold the same samples is checked by their digest.
+_FREE_DATA_SETTINGS = frozenset(
+    {
+        "accumulate",
+        "allow_pipe",
+        "limit_val_samples",
+        "max_bad_fraction",
+        "num_val",
+        "num_workers",
+        "predict_shards",
+        "report_dir",
+        "root",
+        "strict",
+        "train_shards",
+        "val_batch_size",
+        "val_batches",
+        "val_shards",
+    }
+)
+_MAX_NAMED = 3
+
+
+def check_training(config: Mapping[str, Any], run_dir: Path, start: Path | None) -> None:
+    """Refuse a training run that would never end, ignore its settings or mix with another run.
+
+    Args:
+        config: The resolved config, plain data.
+        run_dir: The run directory.
+        start: The checkpoint to go on from; None starts anew.
+
+    Raises:
+        ConfigError: If it is refused.
+        DataError: If the checkpoint cannot be read.
+    """
+    if config["trainer"].get("fast_dev_run"):
+        return
+    check_end(config["trainer"])
+    if start is not None:
+        check_same_settings(config, start)
+    if not config["checkpoint"].get("overwrite"):
+        check_start(run_dir, start)
+
+
+def check_end(trainer: Mapping[str, Any]) -> None:
+    """Refuse a training run without an end.
+
+    Args:
+        trainer: Settings of the trainer.
+
+    Raises:
+        ConfigError: If nothing ends the run.
+    """
+    counts_epochs = trainer.get("max_epochs") not in (None, -1) and bool(
+        trainer.get("limit_train_batches") or trainer.get("overfit_batches")
+    )
+    if trainer.get("max_steps") == -1 and trainer.get("max_time") is None and not counts_epochs:
+        raise ConfigError(
+            "expected `trainer.max_steps` or `trainer.max_time`, because the training data never "
+            "end; got neither. Set `trainer.max_steps`."
+        )
+
+
+def check_same_settings(config: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint that was trained with another model or other data.
+
+    Args:
+        config: The resolved config, plain data.
+        checkpoint: The checkpoint to go on from; one that carries no config passes.
+
+    Raises:
+        ConfigError: If they differ in a setting that decides what a training step computes.
+        DataError: If the checkpoint cannot be read.
+    """
+    stored = stored_config(checkpoint)
+    if stored is None:
+        return
+    changed = list(changed_settings(decode_tree(stored, {}), config))
+    if not changed:
+        return
+    named = ", ".join(changed[:_MAX_NAMED])
+    more = f" and {len(changed) - _MAX_NAMED} more" if len(changed) > _MAX_NAMED else ""
+    if str(config.get("ckpt_path")) == "auto":
+        advice = "choose another `--run_dir`, or start over here with `--checkpoint.overwrite true`"
+    else:
+        advice = "leave out `--ckpt_path` and choose another `--run_dir`"
+    raise ConfigError(
+        f"expected the settings that `{checkpoint}` was trained with; changed: {named}{more}. "
+        f"Set them back, or train anew: {advice}."
+    )
+
+
+def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
+    """Name the settings that changed what a training step computes, with both values.
+
+    A setting that only one of the configs knows is an argument that the code has gained or lost,
+    and counts as unchanged.
+    """
+    for section in _COMPARED:
+        ignored = _FREE_DATA_SETTINGS if section == "data" else frozenset()
+        if section in stored and section in current:
+            yield from _differences(stored[section], current[section], section, ignored)
+
+
+def _differences(before: Any, now: Any, key: str, ignored: frozenset[str]) -> Iterator[str]:
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        if before != now:
+            yield f"`{key}` ({_brief(before)} -> {_brief(now)})"
+        return
+    if before.get("class_path") != now.get("class_path"):
+        names = (_brief(config.get("class_path")) for config in (before, now))
+        yield f"`{key}.class_path` ({' -> '.join(names)})"
+        return
+    for name in now:
+        if name in before and name not in ignored:
+            yield from _differences(before[name], now[name], f"{key}.{name}", ignored)
+
+
+def _brief(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
