@@ -1,6 +1,7 @@
 """What training modules share: optimizers and exact means over valid samples."""
 
 import contextlib
+from typing import Self
 
 import lightning.pytorch as pl
 import torch
@@ -51,6 +52,15 @@ class TrainingModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """Switch modes, but for parts that are wholly frozen: those always evaluate."""
+        super().train(mode)
+        for part in self.children():
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
+
     def reduce_losses(self, losses: Tensor, valid: Tensor) -> Tensor:
         """Reduce per-sample losses ``(B,)`` for backward, and count the valid ones."""
         count = valid.sum()
@@ -66,10 +76,10 @@ class TrainingModule(pl.LightningModule):
         num_valid = self.trainer.strategy.reduce(self._num_valid.float(), reduce_op="sum")
         assert isinstance(num_valid, Tensor)
         num_samples = self._num_samples * self.trainer.world_size
-        scale = num_samples / num_valid.clamp(min=1)
         for parameter in trainable_parameters(self).values():
             if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+                # Two whole numbers, so that the correction is exact in the gradient's own dtype.
+                parameter.grad.mul_(num_samples).div_(num_valid.clamp(min=1))
         self._num_samples, self._num_valid = 0, None
 
     def log_train(self, name: str, value: Tensor, batch: CaptionBatch) -> None:

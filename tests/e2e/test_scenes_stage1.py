@@ -110,3 +110,24 @@ def test_the_quickstart_runs_on_the_shipped_base(tmp_path, capsys):
     truncated = next(row for row in rows if row.startswith("| short | truncated"))
     before = float(truncated.split("|")[3].split("->")[0])
     assert before > 0.8  # the base follows what it can read
+
+
+def test_evaluation_only_observes(tmp_path):
+    losses = []
+    for name, callbacks in (("watched", None), ("alone", "[]")):
+        run_dir = tmp_path / name
+        options = diffusion_options(run_dir)
+        if callbacks is not None:
+            options[options.index("--trainer.callbacks") + 1] = callbacks
+        evaluate = [
+            "--trainer.val_check_interval",
+            "1",
+            "--trainer.check_val_every_n_epoch",
+            "null",
+        ]
+        assert run("fit", "quickstart.yaml", run_dir, *options, *evaluate) == 0
+        with (run_dir / "logs" / "metrics.csv").open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        losses.append([row["train/loss"] for row in rows if row["train/loss"]])
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]  # as text: to the last bit

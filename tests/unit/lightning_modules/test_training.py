@@ -1,0 +1,69 @@
+"""The mean over valid samples of a whole optimizer step, and the modes of frozen parts."""
+
+import functools
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lightning_modules.training import TrainingModule
+from segalign.errors import ConfigError
+
+
+class Slope(TrainingModule):
+    """Loss of a sample is weight times x, so a step of SGD moves the weight by the mean x."""
+
+    def __init__(self):
+        super().__init__(functools.partial(torch.optim.SGD, lr=1.0), None)
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.frozen = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
+        self.frozen.requires_grad_(False)
+        self.trained = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
+
+    def training_step(self, batch, batch_idx):
+        x, valid = batch
+        return self.reduce_losses(self.weight * x, valid)
+
+
+def fit(batches, tmp_path):
+    module = Slope()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=2,
+        max_steps=len(batches) // 2,
+        default_root_dir=tmp_path,
+    )
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer.fit(module, loader)
+    return module
+
+
+def batch(values, valid):
+    return torch.tensor(values, dtype=torch.float64), torch.tensor(valid)
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_a_step_averages_the_valid_samples_of_all_its_micro_batches(tmp_path):
+    step = [batch([1.0, 2.0], [True, False]), batch([3.0, 4.0], [True, True])]
+    assert fit(step, tmp_path).weight.item() == pytest.approx(-(1 + 3 + 4) / 3, rel=1e-12)
+    # The counts start anew with every step, and a step without a valid sample moves nothing.
+    nothing = [batch([9.0, 9.0], [False, False])] * 2
+    both = fit([*step, *nothing, *step], tmp_path)
+    assert both.weight.item() == pytest.approx(-2 * (1 + 3 + 4) / 3, rel=1e-12)
+
+
+def test_frozen_parts_stay_in_evaluation_mode():
+    module = Slope().train()
+    assert module.training
+    assert module.trained[1].training
+    assert not module.frozen[1].training
+
+
+def test_averaged_weights_must_exist():
+    with pytest.raises(ConfigError, match=r"the run keeps none\. Add callbacks\.ema\.EMA\."):
+        Slope().weights("ema")
