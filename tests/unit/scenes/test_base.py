@@ -6,11 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from segalign.diffusion.generator import TextToImage
-from segalign.diffusion.sampler import DDIMSampler
 from segalign.errors import ConfigError, DataError
 from segalign.scenes.base import ScenesBase, load_scorer
-from segalign.scenes.evaluation import score_generator
+from segalign.scenes.evaluation import score_bundle
 from segalign.scenes.models import generator_unet
 from segalign.scenes.reading import FactReader
 from segalign.scenes.samples import make_sample
@@ -100,19 +98,10 @@ def test_the_shipped_base_tells_where_it_comes_from():
 def test_the_shipped_base_follows_short_captions_and_loses_what_is_cut():
     bundle = ScenesBase().load()
     encoding = TextEncoding(kind="truncated", mask_padding=True)
-    conditioner = encoding.build(bundle.text_model, bundle.tokenizer)
-    model = TextToImage(
-        bundle.unet.eval(), conditioner, bundle.codec, bundle.schedule,
-        image_size=bundle.image_size, mask_padding=True,
-    )  # fmt: skip
-    sampler = DDIMSampler(num_inference_steps=6, guidance_scale=2.0)
 
     def score(length):
         samples = [make_sample("3x3", 77, i, length=length) for i in range(24)]
-        return score_generator(
-            lambda captions, ids: model.sample(captions, model.noise(ids, 1), sampler),
-            samples, bundle.tokenizer, batch_size=24,
-        ).accuracies()  # fmt: skip
+        return score_bundle(bundle, encoding, samples).accuracies()
 
     assert score("short")["attributes"] >= 0.85
     assert score("long")["attributes/past_77"] <= 0.35
