@@ -4,28 +4,22 @@ import importlib
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
+from segalign.commands.usage import USAGE
 from segalign.error_boundary import run_guarded
 from segalign.errors import ConfigError
 
-USAGE = """usage: python main.py COMMAND [options]     (help on one: python main.py COMMAND --help)
-
-train and evaluate; configs are layered left to right, `--key.subkey VALUE` overrides them:
-  fit       --config FILE [--config FILE ...] [--ckpt_path auto|RUN|CHECKPOINT] [--run_dir DIR]
-  validate  --config FILE --ckpt_path auto|RUN|CHECKPOINT
-  test      --config FILE --ckpt_path auto|RUN|CHECKPOINT
-  predict   --config FILE --ckpt_path auto|RUN|CHECKPOINT
-
-data:
-  shards    pack, index or verify WebDataset shards
-  scenes    keep the weights of the tiny base of the embedded benchmark
-
-SEGALIGN_DEBUG=1 in the environment shows the traceback of every error.
-"""
 # Commands that start at once, because they import neither Lightning nor, before they must, torch.
 LIGHT_COMMANDS = {
+    "import": "segalign.commands.import_weights",
     "scenes": "segalign.commands.scenes",
     "shards": "segalign.commands.shards",
+}
+# These may need the module of a run, which `load_run` builds for them.
+RUN_COMMANDS = {
+    "export": "segalign.commands.export",
+    "generate": "segalign.commands.generate",
 }
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -45,10 +39,20 @@ def dispatch(arguments: Sequence[str]) -> int:
     if command in LIGHT_COMMANDS:
         module = importlib.import_module(LIGHT_COMMANDS[command])
         return int(module.run(arguments[1:]) or 0)
+    if command in RUN_COMMANDS:
+        module = importlib.import_module(RUN_COMMANDS[command])
+        return int(module.run(arguments[1:], load_run=load_run) or 0)
     if command in LIGHTNING_COMMANDS:
         return run_lightning(arguments)
-    known = ", ".join([*LIGHTNING_COMMANDS, *LIGHT_COMMANDS])
+    known = ", ".join([*LIGHTNING_COMMANDS, *RUN_COMMANDS, *LIGHT_COMMANDS])
     raise ConfigError(f"expected a command, one of {known}; got `{command}`.")
+
+
+def load_run(*args: Any, **kwargs: Any) -> Any:
+    """Build the module of a run; Lightning is imported only now."""
+    from lightning_modules.run_loading import load_module
+
+    return load_module(*args, **kwargs)
 
 
 def run_lightning(arguments: Sequence[str]) -> int:

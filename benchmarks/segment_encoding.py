@@ -1,16 +1,23 @@
 """Time segment encoding against padding every segment to the longest of the batch.
 
 Both run in this process on the same random weights and captions, and their results are asserted
-to be equal; the ratio of their times is what matters, not the times.
+to be equal; the ratio of their times is what matters, not the times. The table goes to the
+terminal, one JSON line per run to ``benchmarks/results/segment_encoding.jsonl``.
 
     python benchmarks/segment_encoding.py --size clip-l
     python benchmarks/segment_encoding.py --size small --repeats 5 --device cuda
 """
 
 import argparse
+import json
+import platform
 import random
+import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from segalign.text.segment_encoder import SegmentEncoder
 from segalign.text.tokenizer import clip_tokenizer
 
+RESULTS = Path(__file__).parent / "results" / "segment_encoding.jsonl"
 SIZES = {
     "small": {
         "hidden_size": 256,
@@ -35,6 +43,31 @@ SIZES = {
 }
 WORDS = ("a", "red", "old", "house", "near", "the", "lake", "with", "tall", "trees", "and", "grey")
 NUM_CAPTIONS, NUM_SEGMENTS, MAX_WORDS = 16, 12, 37
+TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        case: What is encoded.
+        goal: Ratio that was asked for.
+        reference: Seconds of padding to the longest, per repeat.
+        ours: Seconds of segment encoding, per repeat.
+        error: Largest difference of the results.
+    """
+
+    case: str
+    goal: float
+    reference: list[float]
+    ours: list[float]
+    error: float
+
+    @property
+    def ratio(self) -> float:
+        """The reference's best time over ours."""
+        return min(self.reference) / min(self.ours)
 
 
 def make_captions(seed: int, *, one_long_segment: bool) -> list[str]:
@@ -70,54 +103,111 @@ def encode_padded_to_longest(encoder: SegmentEncoder, captions: list[str]) -> Te
     return torch.stack(merged)
 
 
-def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the best of some timings: CPU seconds, or seconds of the clock on a GPU."""
+def timed(
+    run: Callable[[], Tensor], device: torch.device, repeats: int
+) -> tuple[Tensor, list[float]]:
+    """Return the last result and all times: CPU seconds, or seconds of the clock on a GPU."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     times = []
     for _ in range(repeats):
         start = clock()
-        run()
+        result = run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(clock() - start)
-    return min(times)
+    return result, times
 
 
-@torch.no_grad()
-def main() -> None:
-    """Print one row per case."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-
-    config = CLIPTextConfig(vocab_size=49408, **SIZES[args.size])
-    text_model = CLIPTextModel(config).eval().requires_grad_(False).to(device)
-    encoder = SegmentEncoder(text_model, clip_tokenizer())
+def measure(encoder: SegmentEncoder, device: torch.device, repeats: int) -> list[Row]:
+    """Time all cases; the results are asserted to be equal in each."""
 
     def encode_cold(captions: list[str]) -> Tensor:
         encoder.clear_cache()
         return encoder(captions).prompt_embeds
 
-    print("segments       padded to longest   ours, cold cache       ours, warm cache")
+    if device.type == "cuda":  # the first passes choose kernels
+        encode_padded_to_longest(encoder, make_captions(1, one_long_segment=False))
+        encode_cold(make_captions(1, one_long_segment=True))
+    rows = []
     for one_long_segment in (False, True):
         captions = make_captions(0, one_long_segment=one_long_segment)
-        expected = encode_padded_to_longest(encoder, captions)
-        for ours in (encode_cold(captions), encoder(captions).prompt_embeds):
-            torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
-        padded = seconds(
-            lambda c=captions: encode_padded_to_longest(encoder, c), device, args.repeats
+        expected, reference = timed(
+            lambda c=captions: encode_padded_to_longest(encoder, c), device, repeats
         )
-        cold = seconds(lambda c=captions: encode_cold(c), device, args.repeats)
-        encoder(captions)
-        warm = seconds(lambda c=captions: encoder(c), device, args.repeats)
-        label = "one of 77" if one_long_segment else "typical"
+        # Cold runs come first, so that the last one fills the cache of the warm ones.
+        cases = [("cold, one sentence of 77", 4.0, encode_cold)]
+        if not one_long_segment:
+            cases = [
+                ("cold, typical", 2.2, encode_cold),
+                ("warm, typical", 20.0, lambda c: encoder(c).prompt_embeds),
+            ]
+        for case, goal, encode in cases:
+            ours, times = timed(lambda c=captions, e=encode: e(c), device, repeats)
+            torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE)
+            error = (ours - expected).abs().max().item()
+            rows.append(Row(case, goal, reference, times, error))
+    return rows
+
+
+def show(rows: list[Row], unit: str) -> None:
+    """Print the table."""
+    print(f"{'captions':<26}{'padded to longest':>18}{'ours':>12}{'ratio':>9}{'goal':>8}   error")
+    for row in rows:
         print(
-            f"{label:<15}{padded:8.4f} s        {cold:8.4f} s = {padded / cold:4.2f}x   "
-            f"{warm:8.4f} s = {padded / warm:5.1f}x"
+            f"{row.case:<26}{min(row.reference):>16.3f} s{min(row.ours):>10.4f} s"
+            f"{row.ratio:>8.2f}x{row.goal:>7.1f}x   {row.error:.1e}"
         )
+    print(f"{unit}, best of {len(rows[0].ours)}; medians in the JSON line")
+
+
+def write(rows: list[Row], options: argparse.Namespace, where: str) -> None:
+    """Append one JSON line."""
+    cases: dict[str, Any] = {
+        row.case: {
+            "reference_seconds": round(min(row.reference), 4),
+            "reference_seconds_median": round(statistics.median(row.reference), 4),
+            "seconds": round(min(row.ours), 5),
+            "seconds_median": round(statistics.median(row.ours), 5),
+            "ratio": round(row.ratio, 2),
+            "goal": row.goal,
+            "max_error": row.error,
+        }
+        for row in rows
+    }
+    line = {
+        "size": options.size,
+        "device": where,
+        "threads": torch.get_num_threads(),
+        "repeats": options.repeats,
+        "torch": torch.__version__,
+        "captions": [NUM_CAPTIONS, NUM_SEGMENTS],
+        "cases": cases,
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = CLIPTextConfig(vocab_size=49408, **SIZES[options.size])
+    text_model = CLIPTextModel(config).eval().requires_grad_(False).to(device)
+    rows = measure(SegmentEncoder(text_model, clip_tokenizer()), device, options.repeats)
+    on_cpu = device.type == "cpu"
+    where = platform.processor() or platform.machine()
+    where = where if on_cpu else torch.cuda.get_device_name(device)
+    show(rows, "CPU seconds of one thread" if on_cpu else f"Seconds on {where}")
+    write(rows, options, where)
 
 
 if __name__ == "__main__":

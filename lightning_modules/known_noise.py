@@ -14,6 +14,11 @@ _KNOWN_WARNINGS = (
     r"(?s).*skip_none",
     r".*isinstance\(treespec, LeafSpec\)",
 )
+# Frozen parts evaluate on purpose; the summary counts parameters, whatever the precision.
+_KNOWN_PARTS = (
+    r"Found \d+ module\(s\) in eval mode",
+    r"Precision .* is not supported by the model summary",
+)
 
 
 @contextlib.contextmanager
@@ -27,7 +32,7 @@ def without_known_noise() -> Iterator[None]:
     logger.addFilter(is_no_tip)
     try:
         with warnings.catch_warnings():
-            for message in _KNOWN_WARNINGS:
+            for message in (*_KNOWN_WARNINGS, *_KNOWN_PARTS):
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:

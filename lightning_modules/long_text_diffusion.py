@@ -1,7 +1,6 @@
 """Stage 1: supervised fine-tuning of a text-to-image model on long captions."""
 
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,13 +15,12 @@ from segalign.diffusion.generator import TextToImage, Weights, evaluation_mode
 from segalign.diffusion.latent_cache import LatentCache
 from segalign.diffusion.lora import LoraSettings
 from segalign.diffusion.sampler import DDIMSampler
+from segalign.diffusion.scheduler_sampler import SchedulerSampler
 from segalign.losses.diffusion import denoising_loss, min_snr_weights
 from segalign.rng import counter_normal, counter_uniform
-from segalign.text.conditioning import TextConditioning, TextReport
+from segalign.text.conditioning import TextConditioning
 from segalign.text.settings import TextEncoding
 from segalign.types import CaptionBatch
-
-_logger = logging.getLogger(__name__)
 
 
 class LongTextDiffusionModule(TrainingModule):
@@ -37,7 +35,7 @@ class LongTextDiffusionModule(TrainingModule):
         lr_scheduler: Makes the learning-rate schedule; null keeps the rate constant.
         lora: Train low-rank adapters; null trains the whole network.
         train_text_model: Also train the text model.
-        sampler: How images are generated for evaluation.
+        sampler: How images are generated for evaluation; with `scheduler`, by one of diffusers.
         seed: Seeds timesteps and noise.
         eval_seed: Seeds the noise of validation and prediction.
         min_snr_gamma: Bound of the loss weights; null weighs all timesteps alike.
@@ -54,7 +52,7 @@ class LongTextDiffusionModule(TrainingModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lora: LoraSettings | None = None,
         train_text_model: bool = False,
-        sampler: DDIMSampler = DDIMSampler(),  # noqa: B008
+        sampler: DDIMSampler | SchedulerSampler = DDIMSampler(),  # noqa: B008
         seed: int = 0,
         eval_seed: int = 1234,
         min_snr_gamma: float | None = None,
@@ -71,7 +69,6 @@ class LongTextDiffusionModule(TrainingModule):
         self.eval_seed = eval_seed
         self.min_snr_gamma = min_snr_gamma
         self.timestep_shift = timestep_shift
-        self._warned_of_lost_text = False
         self.latent_cache = LatentCache(latent_cache_megabytes * 2**20)
 
     @override
@@ -82,8 +79,12 @@ class LongTextDiffusionModule(TrainingModule):
         self.unet = bundle.unet
         if self.lora is not None:
             self.lora.add_to(bundle.unet)
-        bundle.text_model.requires_grad_(self.train_text_model)
-        self.conditioner = self.text.build(bundle.text_model, bundle.tokenizer)
+        width = int(bundle.unet.config.cross_attention_dim)
+        self.text_models = self.text.complete(bundle.text_models, width)
+        for text_model in (self.text_models.text_model, self.text_models.text_model_2):
+            if text_model is not None:
+                text_model.requires_grad_(self.train_text_model)
+        self.conditioner = self.text.build(self.text_models)
         if isinstance(bundle.codec, nn.Module):
             bundle.codec.requires_grad_(False)
         self.codec = bundle.codec
@@ -95,6 +96,8 @@ class LongTextDiffusionModule(TrainingModule):
             image_size=bundle.image_size,
             mask_padding=self.text.mask_padding,
         )
+        self.check_trained_precision()
+        self.train()
 
     @override
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
@@ -106,7 +109,7 @@ class LongTextDiffusionModule(TrainingModule):
             )
         ]
         text = self.generator.conditioner(batch["captions"])
-        self._report_lost_text(text.report, batch)
+        self.report_text(text.report, batch)
         losses = self._losses(latents, text, counters)
         loss = self.reduce_losses(losses, batch["valid"])
         self.log_train("loss", loss.detach(), batch)
@@ -135,7 +138,7 @@ class LongTextDiffusionModule(TrainingModule):
         self,
         captions: Sequence[str],
         sample_ids: Sequence[int],
-        eval_seed: int,
+        eval_seed: int | Sequence[int],
         weights: Weights = "raw",
     ) -> Tensor:
         """Make images in [0, 1], ``(B, 3, H, W)``: see ``ImageGenerator``."""
@@ -147,8 +150,7 @@ class LongTextDiffusionModule(TrainingModule):
     def text_encoding(self, text: TextEncoding) -> Iterator[None]:
         """Encode captions in another way for the duration of a block, with the same weights."""
         own, generator = self.text, self.generator
-        tower = self.conditioner.tower
-        conditioner = text.build(tower.text_model, tower.tokenizer)
+        conditioner = text.build(self.text_models)
         try:
             self.text = text
             self.generator = generator.with_text(conditioner, mask_padding=text.mask_padding)
@@ -160,22 +162,6 @@ class LongTextDiffusionModule(TrainingModule):
         return self.latent_cache.encode(
             self.codec, batch["images"], batch["sample_ids"].tolist(), batch["valid"].tolist()
         )
-
-    def _report_lost_text(self, report: TextReport, batch: CaptionBatch) -> None:
-        """Log how much text did not fit, and say so the first time."""
-        lost = {name: report.totals()[name] for name in ("dropped_tokens", "cut_segments")}
-        for name, count in lost.items():
-            self.log(f"train/{name}", float(count), batch_size=len(batch["valid"]))
-        if lost["dropped_tokens"] and not self._warned_of_lost_text:
-            self._warned_of_lost_text = True
-            kept = report.totals()["kept_tokens"]
-            _logger.warning(
-                "%d of %d text tokens of a batch do not fit the %s encoding; see "
-                "train/dropped_tokens, and raise `text.token_budget` or use `text.kind: segments`",
-                lost["dropped_tokens"],
-                kept + lost["dropped_tokens"],
-                self.text.kind,
-            )
 
     def _losses(
         self, latents: Tensor, text: TextConditioning, counters: Sequence[tuple[int, ...]]

@@ -1,7 +1,9 @@
 """What training modules share: optimizers and exact means over valid samples."""
 
 import contextlib
-from typing import Self
+import logging
+from collections.abc import Mapping
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -11,11 +13,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_modules.text_totals import TextTotals
 from segalign.diffusion.generator import Weights
 from segalign.ema import TrainableEMA
 from segalign.errors import ConfigError
+from segalign.text.conditioning import TextReport
 from segalign.trainable import trainable_parameters
 from segalign.types import CaptionBatch
+
+_logger = logging.getLogger(__name__)
+_TEXT_TOTALS = "text_totals"
 
 
 class TrainingModule(pl.LightningModule):
@@ -40,6 +47,8 @@ class TrainingModule(pl.LightningModule):
         self.ema: TrainableEMA | None = None
         self._num_samples = 0
         self._num_valid: Tensor | None = None
+        self.text_totals = TextTotals()
+        self._warned_of_lost_text = False
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -61,6 +70,19 @@ class TrainingModule(pl.LightningModule):
                 part.eval()
         return self
 
+    def check_trained_precision(self) -> None:
+        """Refuse to train weights that small updates would round away from.
+
+        Raises:
+            ConfigError: If a trained weight is not float32 (or float64).
+        """
+        for name, parameter in trainable_parameters(self).items():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise ConfigError(
+                    f"expected trained weights in float32; `{name}` is {parameter.dtype}; set the "
+                    "base's `dtype` to float32, or train a LoRA over it"
+                )
+
     def reduce_losses(self, losses: Tensor, valid: Tensor) -> Tensor:
         """Reduce per-sample losses ``(B,)`` for backward, and count the valid ones."""
         count = valid.sum()
@@ -81,6 +103,49 @@ class TrainingModule(pl.LightningModule):
                 # Two whole numbers, so that the correction is exact in the gradient's own dtype.
                 parameter.grad.mul_(num_samples).div_(num_valid.clamp(min=1))
         self._num_samples, self._num_valid = 0, None
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._log_text_totals()
+
+    def report_text(self, report: TextReport, batch: CaptionBatch) -> None:
+        """Log how much text of a training batch did not fit; say so the first time."""
+        self.text_totals.add(report, batch["epochs"].tolist(), batch["valid"].tolist())
+        totals = report.totals()
+        for name in ("dropped_tokens", "cut_segments"):
+            self.log(f"train/{name}", float(totals[name]), batch_size=len(batch["valid"]))
+        if totals["dropped_tokens"] and not self._warned_of_lost_text:
+            self._warned_of_lost_text = True
+            _logger.warning(
+                "%d of %d text tokens of a batch do not fit the text encoding; see "
+                "epoch/dropped_tokens, and raise `text.token_budget` or use `text.kind: segments`",
+                totals["dropped_tokens"],
+                totals["kept_tokens"] + totals["dropped_tokens"],
+            )
+
+    def _log_text_totals(self, *, ended: bool = False) -> None:
+        """Log the epochs that are over; every rank comes here at the same step."""
+
+        def reduce(counts: Tensor, operation: str) -> Tensor:
+            reduced = self.trainer.strategy.reduce(counts.to(self.device), reduce_op=operation)
+            assert isinstance(reduced, Tensor)
+            return reduced
+
+        for epoch, totals in self.text_totals.flush(reduce, ended=ended).items():
+            metrics = {f"epoch/{name}": float(count) for name, count in totals.items()}
+            for logger in self.loggers:
+                logger.log_metrics({"epoch/index": float(epoch), **metrics}, self.global_step)
+
+    @override
+    def on_train_end(self) -> None:
+        self._log_text_totals(ended=True)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._log_text_totals()
+        checkpoint[_TEXT_TOTALS] = self.text_totals.state_dict()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        self.text_totals.load_state_dict(checkpoint.get(_TEXT_TOTALS, {}))
 
     def log_train(self, name: str, value: Tensor, batch: CaptionBatch) -> None:
         """Log a training value, also on the progress bar."""

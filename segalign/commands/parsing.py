@@ -29,3 +29,19 @@ def parse_arguments(
         return parser.parse_args(list(argv))
     except ArgumentError as error:
         raise ConfigError(f"{error} (see `python {parser.prog} ... --help`)") from error
+
+
+def parse_options(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """Parse the command line of a command without sub-commands.
+
+    Args:
+        parser: The command's parser, made with ``exit_on_error=False``.
+        argv: Arguments after the command.
+
+    Raises:
+        ConfigError: If the arguments do not fit.
+    """
+    try:
+        return parser.parse_args(list(argv))
+    except ArgumentError as error:
+        raise ConfigError(f"{error} (see `python {parser.prog} --help`)") from error

@@ -1,4 +1,4 @@
-"""``shards pack | index | verify``: make and check WebDataset shards."""
+"""``shards pack | index | verify | encode``: make and check WebDataset shards."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from segalign.commands.encode import encode, encode_parser
 from segalign.commands.parsing import parse_arguments
 from segalign.errors import DataError
 
@@ -27,7 +28,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         SegalignError: If the arguments do not fit or the command fails.
     """
-    return _dispatch(parse_arguments(_parser(), argv, ["pack", "index", "verify"]))
+    return _dispatch(parse_arguments(_parser(), argv, ["pack", "index", "verify", "encode"]))
 
 
 def _parser() -> ArgumentParser:
@@ -36,18 +37,20 @@ def _parser() -> ArgumentParser:
         description="make and check WebDataset shards",
         exit_on_error=False,
     )
-    commands = parser.add_subcommands(dest="command", metavar="pack | index | verify")
+    commands = parser.add_subcommands(dest="command", metavar="pack | index | verify | encode")
     pack = ArgumentParser(
         description="pack samples into shards; a killed run goes on where it stopped"
     )
     commands.add_subcommand("pack", pack, help="make shards")
-    kinds = pack.add_subcommands(dest="kind", metavar="folder | jsonl | preferences | scenes")
+    kinds = pack.add_subcommands(dest="kind", metavar=" | ".join(_SOURCES))
     kinds.add_subcommand("folder", _folder_parser(), help="images with captions beside them")
     kinds.add_subcommand("jsonl", _jsonl_parser(), help="JSONL with captions and image paths")
+    kinds.add_subcommand("longalign", _longalign_parser(), help="Parquet with captions and paths")
     kinds.add_subcommand("preferences", _preferences_parser(), help="JSONL of preference pairs")
     kinds.add_subcommand("scenes", _scenes_parser(), help="scenes of the embedded benchmark")
     commands.add_subcommand("index", _index_parser(), help="write the manifest of foreign shards")
     commands.add_subcommand("verify", _verify_parser(), help="check shards by their manifest")
+    commands.add_subcommand("encode", encode_parser(), help="precompute text features")
     return parser
 
 
@@ -60,6 +63,21 @@ def _folder_parser() -> ArgumentParser:
 def _jsonl_parser() -> ArgumentParser:
     parser = ArgumentParser(description="`caption` and `path` on each line, or captions alone")
     parser.add_argument("source", type=str, help="JSONL file; other fields are kept as metadata")
+    parser.add_argument(
+        "--image-root",
+        type=str | None,
+        help="folder that each `path` is relative to; without it captions alone are packed",
+    )
+    return _with_packing(parser, images=True)
+
+
+def _longalign_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="the LongAlign data set's own layout: Parquet with `path` and `caption`"
+    )
+    parser.add_argument(
+        "source", type=str, help="Parquet file, folder of them or glob pattern; rows are streamed"
+    )
     parser.add_argument(
         "--image-root",
         type=str | None,
@@ -132,6 +150,9 @@ def _dispatch(options: Namespace) -> int:
         return _index(options.index)
     if command == "verify":
         return _verify(options.verify)
+    if command == "encode":
+        _show({"features in": options.encode.store, **vars(encode(options.encode))})
+        return 0
     kind = options.pack.kind
     return _pack(_SOURCES[kind](options.pack[kind]), options.pack[kind])
 
@@ -147,6 +168,13 @@ def _jsonl_source(options: Namespace) -> "Source":
 
     root = None if options.image_root is None else Path(options.image_root)
     return JsonlSource(Path(options.source), image_root=root, check=options.check)
+
+
+def _longalign_source(options: Namespace) -> "Source":
+    from segalign.data.parquet_source import ParquetSource
+
+    root = None if options.image_root is None else Path(options.image_root)
+    return ParquetSource(options.source, image_root=root, check=options.check)
 
 
 def _preference_source(options: Namespace) -> "Source":
@@ -171,6 +199,7 @@ def _scene_source(options: Namespace) -> "Source":
 _SOURCES: Mapping[str, Callable[[Namespace], "Source"]] = {
     "folder": _folder_source,
     "jsonl": _jsonl_source,
+    "longalign": _longalign_source,
     "preferences": _preference_source,
     "scenes": _scene_source,
 }

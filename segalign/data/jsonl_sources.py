@@ -54,7 +54,7 @@ class JsonlSource:
         self, path: Path, *, image_root: Path | None = None, check: ImageCheck = "header"
     ) -> None:
         self._lines = _index_lines(path)
-        self._root = None if image_root is None else _existing_root(image_root)
+        self._root = None if image_root is None else existing_root(image_root)
         self._check = check
         if self._root is None and b'"path"' in self._lines[0]:
             raise DataError(
@@ -105,7 +105,7 @@ class PreferenceSource:
 
     def __init__(self, path: Path, *, image_root: Path, check: ImageCheck = "header") -> None:
         self._lines = _index_lines(path)
-        self._root = _existing_root(image_root)
+        self._root = existing_root(image_root)
         self._check = check
 
     def __len__(self) -> int:
@@ -147,7 +147,12 @@ def image_below(root: Path, name: object, check: ImageCheck) -> tuple[str, bytes
     return plain_suffix(suffix), read_image_file(path, check)
 
 
-def _existing_root(root: Path) -> Path:
+def existing_root(root: Path) -> Path:
+    """Return the absolute path of a folder of images.
+
+    Raises:
+        DataError: If it is no folder.
+    """
     if not root.is_dir():
         raise DataError(f"the image root must be a folder; `{root}` is none; check the path")
     return root.resolve()

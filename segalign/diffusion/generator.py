@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from segalign.diffusion.latents import LatentCodec
-from segalign.diffusion.sampler import DDIMSampler
 from segalign.diffusion.schedule import NoiseSchedule
+from segalign.diffusion.scheduler_sampler import Sampler
 from segalign.errors import ConfigError
 from segalign.rng import counter_normal
 from segalign.text.conditioning import TextConditioner, TextConditioning
@@ -28,7 +29,7 @@ class ImageGenerator(Protocol):
         self,
         captions: Sequence[str],
         sample_ids: Sequence[int],
-        eval_seed: int,
+        eval_seed: int | Sequence[int],
         weights: Weights = "raw",
     ) -> Tensor:
         """Make one image for each caption.
@@ -36,7 +37,7 @@ class ImageGenerator(Protocol):
         Args:
             captions: ``B`` captions.
             sample_ids: ``B`` integers; with ``eval_seed`` they alone decide an image's noise.
-            eval_seed: Seed of the evaluation.
+            eval_seed: Seed of the evaluation: one for all images, or ``B`` of them.
             weights: The trained weights, or their moving average.
 
         Returns:
@@ -63,7 +64,7 @@ class TextToImage:
     """Generation with a denoising network, a text conditioner and a codec.
 
     Args:
-        unet: Network ``unet(latents, timestep, encoder_hidden_states=...)``.
+        unet: Denoising network with cross-attention.
         conditioner: Text encoder.
         codec: Latent codec.
         schedule: Noise levels and parameterisation.
@@ -73,7 +74,7 @@ class TextToImage:
 
     def __init__(
         self,
-        unet: nn.Module,
+        unet: UNet2DConditionModel,
         conditioner: TextConditioner,
         codec: LatentCodec,
         schedule: NoiseSchedule,
@@ -106,18 +107,38 @@ class TextToImage:
             latents: Noisy latents ``(B, c, h, w)``.
             timesteps: int64 ``(B,)`` or scalar.
             text: Conditioning of the ``B`` captions.
+
+        Returns:
+            The output, computed in the network's precision, in that of the latents.
         """
-        embeds, mask = text.prompt_embeds, None
         if self.mask_padding:
             # Masked positions change nothing, so those that are masked in all rows can go.
-            length = max(text.report.kept_tokens)
-            embeds, mask = embeds[:, :length], text.attention_mask[:, :length]
+            text = text.without_masked_tail()
+        dtype = self.unet.dtype
         output: Tensor = self.unet(
-            latents, timesteps, encoder_hidden_states=embeds, encoder_attention_mask=mask
+            latents.to(dtype),
+            timesteps,
+            encoder_hidden_states=text.prompt_embeds.to(dtype),
+            encoder_attention_mask=text.attention_mask if self.mask_padding else None,
+            added_cond_kwargs=self._added_conditions(text),
         ).sample
-        return output
+        return output.to(latents.dtype)
 
-    def sample(self, captions: Sequence[str], noise: Tensor, sampler: DDIMSampler) -> Tensor:
+    def _added_conditions(self, text: TextConditioning) -> dict[str, Tensor] | None:
+        """Give SDXL's network its pooled text and image sizes: native size, uncropped."""
+        if getattr(self.unet.config, "addition_embed_type", None) != "text_time":
+            return None
+        if text.pooled is None:
+            raise ConfigError(
+                "expected pooled text features for this network (SDXL); the text encoding has "
+                "none; use a `text.context` with `clip`"
+            )
+        side = float(self.image_size)
+        pooled = text.pooled.to(self.unet.dtype)
+        sizes = pooled.new_tensor([[side, side, 0.0, 0.0, side, side]])
+        return {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}
+
+    def sample(self, captions: Sequence[str], noise: Tensor, sampler: Sampler) -> Tensor:
         """Turn noise into images under classifier-free guidance; no gradient.
 
         Args:
@@ -143,9 +164,10 @@ class TextToImage:
             latents = sampler.sample(denoise, noise, self.schedule)
             return self.codec.decode(latents).float().clamp(0, 1)
 
-    def noise(self, sample_ids: Sequence[int], eval_seed: int) -> Tensor:
+    def noise(self, sample_ids: Sequence[int], eval_seed: int | Sequence[int]) -> Tensor:
         """Draw starting latents that depend on the seed and each sample's id alone."""
-        counters = [(eval_seed, sample_id) for sample_id in sample_ids]
+        seeds = [eval_seed] * len(sample_ids) if isinstance(eval_seed, int) else eval_seed
+        counters = list(zip(seeds, sample_ids, strict=True))
         shape = self.codec.latent_shape(self.image_size, self.image_size)
         return counter_normal("generate", counters, shape)
 

@@ -18,6 +18,7 @@ from segalign.scenes.models import (
 )
 from segalign.scenes.weights import fill_weights, read_weights
 from segalign.scenes.world import get_world
+from segalign.text.text_models import TextModels
 from segalign.text.tokenizer import clip_tokenizer
 
 GENERATOR_PREFIXES = ("unet.",)
@@ -58,8 +59,7 @@ class ScenesBase:
             fill_weights(text_model, state, self.text_model)
         return DiffusionBundle(
             unet=unet,
-            text_model=text_model,
-            tokenizer=clip_tokenizer(),
+            text_models=TextModels(text_model=text_model, tokenizer=clip_tokenizer()),
             codec=PixelUnshuffleCodec(UNSHUFFLE_FACTOR),
             schedule=NoiseSchedule.from_config(SCHEDULER_CONFIG),
             image_size=world.image_size,

@@ -136,7 +136,7 @@ def score_bundle(
     """
     model = TextToImage(
         bundle.unet.eval(),
-        text.build(bundle.text_model, bundle.tokenizer),
+        text.build(bundle.text_models),
         bundle.codec,
         bundle.schedule,
         image_size=bundle.image_size,
@@ -147,4 +147,4 @@ def score_bundle(
     def generate(captions: Sequence[str], sample_ids: Sequence[int]) -> Tensor:
         return model.sample(captions, model.noise(sample_ids, 1234), sampler)
 
-    return score_generator(generate, samples, bundle.tokenizer, batch_size=64)
+    return score_generator(generate, samples, bundle.text_models.tokenizer, batch_size=64)

@@ -76,7 +76,8 @@ def score_base(folder: Path) -> dict[str, float]:
     """Score the written weights on short captions that they read whole, by the oracle."""
     base = ScenesBase(generator="random", text_model="random").load()
     fill_weights(base.unet, load_compact(folder / "generator.safetensors"), str(folder))
-    fill_weights(base.text_model, load_compact(folder / "text_model.safetensors"), str(folder))
+    text_model = base.text_models.text_model
+    fill_weights(text_model, load_compact(folder / "text_model.safetensors"), str(folder))
     samples = [make_sample("3x3", _SCORE_STREAM, i, length="short") for i in range(_NUM_SCORED)]
     score = score_bundle(base, TextEncoding(kind="truncated", mask_padding=True), samples)
     return {name: round(value, 4) for name, value in score.accuracies().items()}

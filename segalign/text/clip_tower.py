@@ -1,6 +1,7 @@
 """A CLIP text tower that encodes token sequences once each, in few passes.
 
-Dims: N distinct sequences, S tokens of a sequence, T rows of the result, D text width.
+Dims: N distinct sequences, S tokens of a sequence, T rows of the result, D text width, E width of
+pooled features.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,10 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from segalign.errors import ConfigError
+from segalign.text.feature_store import FeatureStore
 from segalign.text.lru_cache import LruCache
+from segalign.text.passes import plan_passes
+from segalign.text.text_states import TextModel, check_model, text_states
 from segalign.text.tokenizer import TokenIds, word_token_ids
 
 _MAX_CACHED_TEXTS = 65_536
@@ -29,10 +33,15 @@ class TokenFeatures:
     Attributes:
         rows: Features of all tokens, ``(T, D)``. Rows between sequences may hold padding.
         first_rows: Row of each sequence's first token.
+        pooled: End-token state of each sequence, ``(N, E)``: after the final layer norm whatever
+            the layer of ``rows``, and mapped by the model's projection if it has one.
+        pooled_rows: Row of each sequence in ``pooled``.
     """
 
     rows: Tensor
     first_rows: dict[TokenIds, int]
+    pooled: Tensor
+    pooled_rows: dict[TokenIds, int]
 
     def __getitem__(self, sequence: TokenIds) -> Tensor:
         """Return the features of one sequence, ``(S, D)``."""
@@ -52,32 +61,46 @@ class ClipTower(nn.Module):
     Args:
         text_model: The model; trainable or frozen.
         tokenizer: Its tokenizer.
+        layer: Layer that the features of tokens are read from: -1 is after the final layer norm;
+            -2 the last layer but one, as in SDXL.
         cache_bytes: Bound on the memory of cached features of a frozen model, on its device.
+        store: Features of a frozen model on disk, asked for what the cache lacks.
         width_step: Lengths are rounded up to a multiple of this. Small: less padding; large:
             fewer passes.
         max_pass_tokens: Bound on rows times width of one pass.
+
+    Raises:
+        ConfigError: If the model lacks the layer, knows fewer tokens than the tokenizer, or is not
+            the frozen one that the store was made with.
     """
 
     def __init__(
         self,
-        text_model: CLIPTextModel,
+        text_model: TextModel,
         tokenizer: CLIPTokenizer,
         *,
+        layer: int = -1,
         cache_bytes: int = 256 * 2**20,
+        store: FeatureStore | None = None,
         width_step: int = 4,
         max_pass_tokens: int = 8192,
     ) -> None:
         super().__init__()
         self.text_model = text_model
         self.tokenizer = tokenizer
+        self.layer = layer
+        self.store = store
         self.width_step = width_step
         self.max_pass_tokens = max_pass_tokens
         self.context_length: int = text_model.config.max_position_embeddings
         self.width: int = text_model.config.hidden_size
-        self._features: LruCache[tuple[TokenIds, str], Tensor] = LruCache(cache_bytes)
+        self._features: LruCache[tuple[TokenIds, str], tuple[Tensor, Tensor]] = LruCache(
+            cache_bytes
+        )
         self._word_ids: LruCache[str, TokenIds] = LruCache(_MAX_CACHED_TEXTS)
         self._weight_versions: tuple[tuple[int, int], ...] = ()
-        self._check_vocabulary()
+        check_model(text_model, tokenizer, layer)
+        self._forget_stale()
 
     @property
     def max_word_tokens(self) -> int:
@@ -126,92 +149,122 @@ class ClipTower(nn.Module):
             sequences: Sequences with start and end, 2 to ``context_length`` ids each.
 
         Returns:
-            Their features after the final layer norm. They carry gradient if the model is
-            trainable and gradients are enabled.
+            Their features. They carry gradient if the model is trainable and gradients are
+            enabled.
 
         Raises:
             ValueError: If there is no sequence.
+            ConfigError: If the model is trainable, or no longer the store's, and there is a store.
         """
         distinct = list(dict.fromkeys(sequences))
         if not distinct:
             raise ValueError("expected at least one text; got none")
-        if not self._may_cache():
+        if not self._may_keep():
             return self._encode(distinct)
         self._forget_stale()
-        dtype = self._autocast_dtype()
-        found = {sequence: self._features.get((sequence, dtype)) for sequence in distinct}
-        missing = [sequence for sequence, features in found.items() if features is None]
+        found = self._look_up(distinct)
+        missing = [sequence for sequence in distinct if sequence not in found]
         if missing:
             with torch.no_grad():
                 encoded = self._encode(missing)
-                for sequence in missing:
-                    features = found[sequence] = encoded[sequence].clone()
-                    self._features.put((sequence, dtype), features, features.nbytes)
-        rows = torch.cat([features for features in found.values() if features is not None])
-        ends = accumulate(map(len, distinct), initial=0)
-        return TokenFeatures(rows, dict(zip(distinct, ends, strict=False)))
+            for sequence in missing:
+                pooled = encoded.pooled[encoded.pooled_rows[sequence]]
+                found[sequence] = self._keep(sequence, encoded[sequence].clone(), pooled.clone())
+        return TokenFeatures(
+            rows=torch.cat([found[sequence][0] for sequence in distinct]),
+            first_rows=dict(zip(distinct, accumulate(map(len, distinct), initial=0), strict=False)),
+            pooled=torch.stack([found[sequence][1] for sequence in distinct]),
+            pooled_rows={sequence: row for row, sequence in enumerate(distinct)},
+        )
 
     def end_states(self, texts: Sequence[str]) -> Tensor:
-        """Encode texts, cut at the context, to the states of their end tokens, ``(N, D)``."""
+        """Encode texts, cut at the context, to their pooled features, ``(N, E)``."""
         sequences = [self.wrap(self.word_ids(text)[: self.max_word_tokens]) for text in texts]
         features: TokenFeatures = self(sequences)
-        end_rows = [features.first_rows[sequence] + len(sequence) - 1 for sequence in sequences]
-        return features.rows[torch.tensor(end_rows, device=features.rows.device)]
+        numbers = [features.pooled_rows[sequence] for sequence in sequences]
+        return features.pooled[torch.tensor(numbers, device=features.pooled.device)]
+
+    def _look_up(self, sequences: Sequence[TokenIds]) -> dict[TokenIds, tuple[Tensor, Tensor]]:
+        """Find features in the cache, or else in the store."""
+        dtype = self._autocast_dtype()
+        found = {}
+        for sequence in sequences:
+            features = self._features.get((sequence, dtype))
+            if features is None and self.store is not None:
+                stored = self.store.get(sequence)
+                if stored is not None:
+                    features = self._keep(sequence, *map(self._like_weights, stored))
+            if features is not None:
+                found[sequence] = features
+        return found
+
+    def _keep(self, sequence: TokenIds, rows: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Put features into the cache."""
+        key = sequence, self._autocast_dtype()
+        self._features.put(key, (rows, pooled), rows.nbytes + pooled.nbytes)
+        return rows, pooled
+
+    def _like_weights(self, stored: Tensor) -> Tensor:
+        """Bring a stored tensor to the model's device and number type, in memory of its own."""
+        return stored.to(self.text_model.device, self.text_model.dtype, copy=True)
 
     def _encode(self, sequences: Sequence[TokenIds]) -> TokenFeatures:
         """Encode distinct sequences, in a few passes."""
-        passes = self._plan_passes(sequences)
-        flat_ids = torch.from_numpy(np.concatenate([grid.ravel() for _, grid in passes]))
-        sizes = [grid.size for _, grid in passes]
-        ids = torch.split(flat_ids.to(self.text_model.device, non_blocking=True), sizes)
-        outputs: list[Tensor] = []
+        passes = plan_passes(
+            sequences,
+            context_length=self.context_length,
+            width_step=self.width_step,
+            max_pass_tokens=self.max_pass_tokens,
+            pad_token_id=self.pad_token_id,
+        )
+        end_token_id = int(self.tokenizer.eos_token_id)
+        ids = self._on_device([one.grid.ravel() for one in passes])
+        ends = self._on_device([one.end_positions(end_token_id) for one in passes])
+        rows: list[Tensor] = []
+        pooled: list[Tensor] = []
         first_rows: dict[TokenIds, int] = {}
-        for (members, grid), grid_ids, first in zip(
-            passes, ids, accumulate(sizes, initial=0), strict=False
-        ):
-            output = self.text_model(input_ids=grid_ids.view(grid.shape))
-            outputs.append(output.last_hidden_state.flatten(0, 1))
-            first_rows |= {s: first + i * grid.shape[1] for i, s in enumerate(members)}
-        return TokenFeatures(torch.cat(outputs), first_rows)
+        num_rows = 0
+        for one, pass_ids, pass_ends in zip(passes, ids, ends, strict=True):
+            states, final = text_states(self.text_model, pass_ids.view(one.grid.shape), self.layer)
+            rows.append(states.flatten(0, 1))
+            pooled.append(final.flatten(0, 1)[pass_ends])
+            for sequence, first in zip(one.members, one.first_positions(), strict=True):
+                first_rows[sequence] = num_rows + first
+            num_rows += one.grid.size
+        pooled_rows = {sequence: row for row, sequence in enumerate(first_rows)}
+        return TokenFeatures(torch.cat(rows), first_rows, torch.cat(pooled), pooled_rows)
 
-    def _plan_passes(
-        self, sequences: Sequence[TokenIds]
-    ) -> list[tuple[list[TokenIds], NDArray[np.int64]]]:
-        """Group sequences by padded width; return the members and the padded ids of each pass."""
-        by_width: dict[int, list[TokenIds]] = {}
-        for sequence in sequences:
-            width = min(-(-len(sequence) // self.width_step) * self.width_step, self.context_length)
-            by_width.setdefault(width, []).append(sequence)
-        return [
-            (members, self._pad(members, width))
-            for width, group in sorted(by_width.items())
-            for members in _chunks(group, max(self.max_pass_tokens // width, 1))
-        ]
+    def _on_device(self, arrays: Sequence[NDArray[np.int64]]) -> tuple[Tensor, ...]:
+        """Move arrays to the model's device, in one transfer."""
+        flat = torch.from_numpy(np.concatenate(arrays))
+        return torch.split(
+            flat.to(self.text_model.device, non_blocking=True), [len(array) for array in arrays]
+        )
 
-    def _pad(self, sequences: Sequence[TokenIds], width: int) -> NDArray[np.int64]:
-        """Pad sequences to a grid."""
-        grid = np.full((len(sequences), width), self.pad_token_id, dtype=np.int64)
-        for row, sequence in zip(grid, sequences, strict=True):
-            row[: len(sequence)] = sequence
-        return grid
-
-    def _may_cache(self) -> bool:
+    def _may_keep(self) -> bool:
         """Tell whether features may be kept: no gradient through the model, and no dropout."""
-        if self._features.max_cost == 0:
-            return False
         has_dropout = self.text_model.training and bool(self.text_model.config.attention_dropout)
         trainable = any(weight.requires_grad for weight in self.text_model.parameters())
-        return not has_dropout and not (trainable and torch.is_grad_enabled())
+        if has_dropout or (trainable and torch.is_grad_enabled()):
+            self._refuse_store()
+            return False
+        return self.store is not None or self._features.max_cost > 0
 
     def _forget_stale(self) -> None:
-        """Clear the cache if a weight changed since the last look."""
-        versions = tuple(
+        """Clear the cache and check the store anew if a weight changed since the last look."""
+        versions = self._versions()
+        if versions != self._weight_versions:
+            self.clear_cache()
+            if self.store is not None:
+                self.store.check(self.text_model, self.layer)
+            self._weight_versions = versions
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """Identify the weights and their contents, as far as PyTorch counts changes."""
+        return tuple(
             (id(weight), 0 if weight.is_inference() else weight._version)
             for weight in self.text_model.parameters()
         )
-        if versions != self._weight_versions:
-            self.clear_cache()
-            self._weight_versions = versions
 
     def _autocast_dtype(self) -> str:
         """Name the dtype that autocast computes in, or return an empty string."""
@@ -221,21 +274,17 @@ class ClipTower(nn.Module):
         return str(torch.get_autocast_dtype(device_type))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ClipTower":
-        """Move or cast the model; cached features stay behind."""
-        self.clear_cache()
+        """Move or cast the model; cached features stay behind, the store stays valid."""
+        self._forget_stale()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.clear_cache()
+        self._weight_versions = self._versions()
         return self
 
-    def _check_vocabulary(self) -> None:
-        """Refuse a model whose vocabulary is smaller than its tokenizer's."""
-        expected, found = len(self.tokenizer), self.text_model.config.vocab_size
-        if found < expected:
+    def _refuse_store(self) -> None:
+        """Refuse a store beside a model whose features change."""
+        if self.store is not None:
             raise ConfigError(
-                f"the text model must know the tokenizer's {expected} tokens; its vocabulary has "
-                f"{found}; pass the tokenizer that belongs to the model"
+                "a feature store serves a frozen text model; this one is trained or has dropout; "
+                "freeze it or use no store"
             )
-
-
-def _chunks(group: list[TokenIds], size: int) -> list[list[TokenIds]]:
-    """Cut a list into lists of at most ``size``."""
-    return [group[start : start + size] for start in range(0, len(group), size)]

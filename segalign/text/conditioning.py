@@ -41,12 +41,25 @@ class TextConditioning:
             official generator does not use it: it attends to the padding too.
         pooled: One vector per caption, ``(B, E)``, or None where an encoder has none.
         report: Counts per caption.
+        num_leading: Number of leading columns outside of which every row is masked, or None where
+            tokens may be anywhere.
     """
 
     prompt_embeds: Tensor
     attention_mask: Tensor
     pooled: Tensor | None
     report: TextReport
+    num_leading: int | None = None
+
+    def without_masked_tail(self) -> "TextConditioning":
+        """Leave out the trailing columns that every row masks."""
+        if self.num_leading is None:
+            return self
+        return replace(
+            self,
+            prompt_embeds=self.prompt_embeds[:, : self.num_leading],
+            attention_mask=self.attention_mask[:, : self.num_leading],
+        )
 
     def expand(self, batch_size: int) -> "TextConditioning":
         """Repeat the conditioning of a single caption, without copying.

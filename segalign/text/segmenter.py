@@ -43,12 +43,12 @@ class SentenceSegmenter:
     Decimals, abbreviations, initials, URLs, ellipses, quotes and the stops of many scripts are
     handled. A list item stays with its number or bullet, a newline ends a segment unless a line
     is merely wrapped, and nothing but punctuation or blanks never is a segment of its own.
-    Lines of more than 8192 characters are also cut at some blanks.
+    Lines of more than 8192 characters are read in parts and may be cut where two parts meet.
     """
 
     def split(self, caption: str) -> list[Segment]:
         """Split a caption; ``text`` is exactly ``caption[start:end]``."""
-        windows = [w for block in _blocks(caption) for w in _WINDOW.findall(block)]
+        windows = [window for block in _blocks(caption) for window in _windows(block)]
         pieces = [piece for window in windows for piece in _sentences(window)]
         ends = list(accumulate(map(len, _attach_wordless(pieces)), initial=0))
         spans = pairwise(ends) if len(ends) > 1 else [(0, len(caption))]
@@ -84,22 +84,41 @@ class OfficialSegmenter:
 
 _OFFICIAL_STOP = re.compile(r'"!|[.?]|;"')
 
-# Blocks are read in windows that end at a blank: the splitter's time grows with the square of
-# the length where quotes do not close.
-_WINDOW = re.compile(r".{1,8192}(?!\S)\s*|.{1,8192}", re.DOTALL)
+# Long blocks are read in windows: the splitter's time grows with the square of the length where
+# quotes do not close or there are no blanks. A window ends at a stop that is beyond doubt, else at
+# a blank, else anywhere.
+_MAX_BLOCK = 8192
+_WINDOW = re.compile(
+    r".{1024,2048}(?<=[\u3002\uff01\uff1f])(?![\u3002\uff01\uff1f\u300d\u300f\u201d\u2019\uff09])\s*"
+    r"|.{4096,8192}(?<=[a-z]{4}[.!?])\s+(?=[A-Za-z])"
+    r"|.{1,8192}(?!\S)\s*"
+    r"|.{1,8192}",
+    re.DOTALL,
+)
 _BLANK = re.compile(r"\s")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _LINE = re.compile(r"[^\n\r]*[\n\r]*")
 _WRAPPED_LINE = re.compile(r"[^\n\r]{39,}[\w,][^\S\n\r]*(?:\r\n|\n|\r)")
-# The ellipsis character before a capital letter, closing and opening quotes between them.
-_ELLIPSIS = re.compile(
-    r"\u2026[\"'\u2019\u201d\xbb)\]]*\s+"
-    r"(?=[\"'\u2018\u201c\xab(\[]*[A-Z\xc0-\xde\u0391-\u03a9\u0400-\u042f])"
+# Stops that the splitter misses.
+_FURTHER_STOPS = (
+    # The ellipsis character before a capital letter, closing and opening quotes between them.
+    re.compile(
+        r"\u2026[\"'\u2019\u201d\xbb)\]]*\s+"
+        r"(?=[\"'\u2018\u201c\xab(\[]*[A-Z\xc0-\xde\u0391-\u03a9\u0400-\u042f])"
+    ),
+    # A unit after a number, before a capital letter.
+    re.compile(r"\d\s?(?:[mcdk]?m|k?g|m?l|s|h|km/h|m/s)\.\s+(?=[A-Z])"),
+    # Whole sentences in brackets.
+    re.compile(r"(?:^|(?<=[.!?)\]]\s))[(\[][A-Z][^()\[\]]*[.!?][)\]]\s+(?=[\"'\u201c(\[]?[A-Z])"),
+    # Before a list number in brackets.
+    re.compile(r"[.!?]\s+(?=\[\d{1,3}\]\s)"),
 )
 _WORD = re.compile(r"\w")
-_MARKER = re.compile(r"\s*(?:\(?(?:\d{1,3}|[a-zA-Z])[.)]|[-*\u2022\u2013])\s*")
+_MARKER = re.compile(
+    r"\s*(?:\(?(?:\d{1,3}|[a-zA-Z]|[ivx]{2,4}|[IVX]{2,4})[.)]|\[\d{1,3}\]|[-*\u2022\u2013])\s*"
+)
 _ABBREVIATION = re.compile(
-    r"(?:.*[\s(\d])?(?:approx|avg|ca|dept|est|ft|incl|lbs?|max|min|oz|resp|sq|vol|yds?)\.\s+",
+    r"(?:.*[\s(\d])?(?:approx|avg|ca|ch|dept|eqs?|est|ft|incl|lbs?|max|min|oz|resp|sq|tbsps?|tsps?|vol|yds?)\.\s+",
     re.IGNORECASE | re.DOTALL,
 )
 _CLOSING_QUOTES = ("\u300d", "\u300f")
@@ -118,6 +137,11 @@ def _blocks(caption: str) -> Iterator[str]:
         yield "".join(block)
 
 
+def _windows(block: str) -> list[str]:
+    """Cut a block that is long."""
+    return [block] if len(block) <= _MAX_BLOCK else _WINDOW.findall(block)
+
+
 def _is_wrapped(line: str, next_line: str) -> bool:
     """Tell whether a sentence goes on after a line break, as in text wrapped at a column."""
     return next_line[:1].islower() and bool(_WRAPPED_LINE.fullmatch(line))
@@ -129,7 +153,8 @@ def _sentences(window: str) -> list[str]:
     # replacements keep the length.
     readable = _SURROGATE.sub("\ufffd", _BLANK.sub(" ", window))
     lengths = map(len, sentencex.segment("en", readable))
-    stops = {*accumulate(lengths), *(match.end() for match in _ELLIPSIS.finditer(readable))}
+    further = (match.end() for stop in _FURTHER_STOPS for match in stop.finditer(readable))
+    stops = {*accumulate(lengths), *further}
     ends = [0, *sorted(stops)]
     return _join_torn([window[start:end] for start, end in pairwise(ends)])
 

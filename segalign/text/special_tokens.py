@@ -79,6 +79,26 @@ def kept_positions(
     return np.flatnonzero(keep)
 
 
+def count_kept(
+    word_ids: TokenIds, policy: SpecialTokenPolicy, pad_token_id: int, *, is_first: bool
+) -> int:
+    """Count the tokens of one segment that stay in the merged sequence.
+
+    Args:
+        word_ids: Its words, without start and end.
+        policy: The policy.
+        pad_token_id: Id of the padding.
+        is_first: Whether it is the first segment of its caption.
+
+    Returns:
+        The number of positions that :func:`kept_positions` lists of the encoded segment.
+    """
+    num_words = len(word_ids)
+    if policy.drop_pad_words:
+        num_words -= word_ids.count(pad_token_id)
+    return num_words + (is_first or policy.start == "keep") + (policy.end == "keep")
+
+
 def padding_vector(empty_prompt_states: Tensor, policy: SpecialTokenPolicy) -> Tensor:
     """Compute the vector that fills a merged sequence up.
 

@@ -167,9 +167,9 @@ def stage_one(run_dir: Path, *callbacks: dict) -> list[str]:
     ]  # fmt: skip
 
 
-def logged_losses(run_dir: Path) -> dict[str, str]:
+def logged(run_dir: Path, name: str) -> dict[str, str]:
     with (run_dir / "logs" / "metrics.csv").open(newline="") as lines:
-        return {row["step"]: row["train/loss"] for row in csv.DictReader(lines)}
+        return {row["step"]: row[name] for row in csv.DictReader(lines) if row.get(name)}
 
 
 def test_stage_one_resumes_bit_identically_after_a_kill(server, tmp_path):
@@ -184,8 +184,13 @@ def test_stage_one_resumes_bit_identically_after_a_kill(server, tmp_path):
     assert newest_checkpoint(broken).name == "step-00000004"
     server.start(stage_one(broken), log)
     assert server.wait() == 0, log.read_text()
-    assert len(logged_losses(straight)) == 8
-    assert logged_losses(broken) == logged_losses(straight)
+    assert len(logged(straight, "train/loss")) == 8
+    assert logged(broken, "train/loss") == logged(straight, "train/loss")
+    # Text totals of 64 samples: two whole epochs of 24, and what the last one reached.
+    captions = logged(straight, "epoch/num_captions")
+    assert [float(count) for count in captions.values()] == [24, 24, 16]
+    for name in ("epoch/index", "epoch/num_captions", "epoch/num_segments", "epoch/kept_tokens"):
+        assert logged(broken, name) == logged(straight, name)
     for name in ("model", "ema", "optimizer"):
         one, other = (newest_checkpoint(run) / f"{name}.safetensors" for run in (straight, broken))
         assert one.read_bytes() == other.read_bytes(), name

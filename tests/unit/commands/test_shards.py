@@ -74,13 +74,21 @@ def test_defects_end_with_65(tmp_path, capsys):
         (["pack", "scenes", "FILE/x"], 75, "error: expected to be able to write"),
         (["verify", "NOWHERE"], 65, "error: a folder of shards was expected;"),
         (["verify", "EMPTY"], 65, "error: `EMPTY` must hold `manifest.jsonl`; it has none; run"),
-        ([], 78, "error: expected a sub-command of `main.py shards`, one of pack, index, verify; "),
+        (
+            [],
+            78,
+            "error: expected a sub-command of `main.py shards`, one of pack, index, ",
+        ),
         (
             ["pack"],
             78,
-            'error: expected "pack.kind" to be one of {folder,jsonl,preferences,scenes}',
+            'error: expected "pack.kind" to be one of {folder,jsonl,longalign,preferences,scenes}',
         ),
-        (["nonsense"], 78, "error: argument pack | index | verify: invalid choice: 'nonsense'"),
+        (
+            ["nonsense"],
+            78,
+            "error: argument pack | index | verify | encode: invalid choice",
+        ),
     ],
 )
 def test_errors_are_one_line_with_a_code(tmp_path, monkeypatch, capsys, argv, code, message):
@@ -110,7 +118,8 @@ def test_help_imports_neither_torch_nor_lightning(repository, argv):
 
 
 def test_packing_and_verifying_images_needs_no_torch(repository):
-    modules = "sources jsonl_sources packing manifest order verify images captions tarfiles"
+    sources = "sources jsonl_sources parquet_source"
+    modules = f"{sources} packing manifest order verify images captions tarfiles"
     imports = "".join(f"import segalign.data.{name}\n" for name in modules.split())
     code = f"import sys\n{imports}assert 'torch' not in sys.modules\n"
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True)

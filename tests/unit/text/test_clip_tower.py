@@ -17,6 +17,10 @@ def make_tower(make_text_model, tokenizer):
     return make
 
 
+def pooled_of(features, sequence):
+    return features.pooled[features.pooled_rows[sequence]]
+
+
 def sequences(tower, texts=TEXTS):
     return [tower.wrap(tower.word_ids(text)) for text in texts]
 
@@ -38,17 +42,74 @@ def test_features_equal_the_models_own(make_tower):
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_features_are_the_same_to_the_last_bit_in_every_batch(make_tower, num_threads):
+@pytest.mark.parametrize("kind", ["plain", "projecting"])
+def test_features_are_the_same_to_the_last_bit_in_every_batch(
+    make_tower, num_threads, kind, projecting_model
+):
     threads = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        tower = make_tower(cache_bytes=0)
+        model, layer = (projecting_model, -2) if kind == "projecting" else (None, -1)
+        tower = make_tower(model, cache_bytes=0, layer=layer)
         many = sequences(tower, [f"{'a red cat ' * (i % 9)} number {i}" for i in range(60)])
         together = tower(many)
         for sequence in many[::7]:
-            assert torch.equal(together[sequence], tower([sequence])[sequence])
+            alone = tower([sequence])
+            assert torch.equal(together[sequence], alone[sequence])
+            assert torch.equal(pooled_of(together, sequence), pooled_of(alone, sequence))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+@pytest.mark.parametrize("layer", [-1, -2, -3])
+def test_layers_and_pooled_features_are_the_models_own(
+    make_tower, projecting_model, layer, cache_bytes
+):
+    tower = make_tower(projecting_model, layer=layer, cache_bytes=cache_bytes)
+    wrapped = [*sequences(tower), tower.wrap(tower.word_ids("a red cat"), padded=True)]
+    features = tower(wrapped)
+    for sequence in wrapped:
+        ids = torch.tensor([sequence])
+        own = projecting_model(input_ids=ids, output_hidden_states=True)
+        states = own.last_hidden_state if layer == -1 else own.hidden_states[layer]
+        torch.testing.assert_close(features[sequence], states[0], rtol=0, atol=5e-6)
+        pooled = pooled_of(features, sequence)
+        torch.testing.assert_close(pooled, own.text_embeds[0], rtol=0, atol=2e-5)
+
+
+def test_the_end_token_is_the_first_one_of_a_padded_sequence(make_tower):
+    tower = make_tower()
+    plain, padded = (tower.wrap(tower.word_ids("a red cat"), padded=p) for p in (False, True))
+    features = tower([plain, padded])
+    torch.testing.assert_close(
+        pooled_of(features, plain), pooled_of(features, padded), rtol=0, atol=5e-6
+    )
+
+
+def test_no_hook_stays_on_the_model(make_tower, projecting_model):
+    tower = make_tower(projecting_model, layer=-2)
+    tower(sequences(tower))
+    layers = projecting_model.text_model.encoder.layers
+    assert not any(layer._forward_hooks for layer in layers)
+
+
+@pytest.mark.parametrize("layer", [0, 1, -4])
+def test_refuses_a_layer_that_is_not_there(make_tower, projecting_model, layer):
+    with pytest.raises(ConfigError, match=rf"-1 \(after the final norm\) to -3 .* got {layer};"):
+        make_tower(projecting_model, layer=layer)
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_gradients_reach_a_projecting_model(make_tower, projecting_model, layer):
+    tower = make_tower(projecting_model.requires_grad_(True), layer=layer)
+    features = tower(sequences(tower))
+    features.rows.square().sum().backward(retain_graph=True)
+    assert projecting_model.text_projection.weight.grad is None
+    features.pooled.square().sum().backward()
+    assert projecting_model.text_projection.weight.grad.abs().sum() > 0
+    first = projecting_model.text_model.encoder.layers[0].mlp.fc1.weight.grad
+    assert first.abs().sum() > 0
 
 
 def test_equal_sequences_are_encoded_once(make_tower):
@@ -94,9 +155,8 @@ def test_cache_memory_is_bounded(make_tower):
         assert torch.equal(tower([sequence])[sequence], plain([sequence])[sequence])
         assert tower.cached_bytes <= bound
     assert tower.cached_bytes > bound // 2
-    held = sum(
-        features.untyped_storage().nbytes() for features, _ in tower._features._entries.values()
-    )
+    entries = (features for features, _ in tower._features._entries.values())
+    held = sum(tensor.untyped_storage().nbytes() for pair in entries for tensor in pair)
     assert held == tower.cached_bytes  # no view keeps a whole pass alive
 
 

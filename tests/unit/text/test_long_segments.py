@@ -121,3 +121,57 @@ def test_cost_grows_linearly():
         return seen
 
     assert cost(40_000) < 5 * cost(10_000)
+
+
+def test_a_word_that_never_fits_fills_the_piece(tokenizer):
+    def count(text):
+        return len(word_token_ids(text, tokenizer))
+
+    pieces = texts(cut_segment(Segment("A " + "猫" * 60, 0, 62), 75, count))
+    assert pieces == ["A ", "猫" * 25, "猫" * 25, "猫" * 10]
+    pieces = texts(cut_segment(Segment("A " + "猫" * 20 + "，" + "猫" * 60, 0, 83), 75, count))
+    assert pieces == ["A " + "猫" * 20 + "，", "猫" * 25, "猫" * 25, "猫" * 10]
+
+
+def test_blanks_longer_than_what_is_looked_at_stay_together():
+    text = " " * 3_000 + "a b" + "\n" * 3_000 + "c"
+    pieces = texts(cut_segment(Segment(text, 0, len(text)), 2, words))
+    assert pieces == [" " * 3_000 + "a b" + "\n" * 3_000, "c"]
+
+
+def test_counts_words_not_prefixes():
+    num_calls = 0
+
+    def count(text):
+        nonlocal num_calls
+        num_calls += 1
+        return words(text)
+
+    text = "red cat " * 500
+    pieces = cut_segment(Segment(text, 0, len(text)), 75, count)
+    assert len(pieces) == 14
+    assert num_calls < 1.2 * (1_000 + 14)
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda text: 3 * len(text),
+        lambda text: 3 * len(text) if len(text) < 25 else 75 + (len(text) > 900),
+        lambda text: 0 if len(text) < 900 else 76,
+        lambda text: len(text) ** 2,
+        lambda text: len(text).bit_length() * 10,
+    ],
+)
+def test_looks_for_the_cut_in_few_steps(count):
+    num_calls = 0
+
+    def counted(text):
+        nonlocal num_calls
+        num_calls += 1
+        return count(text)
+
+    length = len(cut_segment(Segment("x" * 1_000, 0, 1_000), 75, counted)[0].text)
+    assert count("x" * length) <= 75 < count("x" * (length + 1))
+    # Less than 40 for the first piece; the others only add theirs.
+    assert num_calls < 40 * -(-1_000 // length)

@@ -229,6 +229,27 @@ def test_pooled_features_are_projected(make_encoder):
     close(encoder.segment_features(["A"]), projection(plain.segment_features(["A"])))
 
 
+def test_pooled_features_of_the_first_segment_are_a_choice(make_encoder):
+    encoder = make_encoder(pooled="first")
+    result = encoder(["A cat. A dog. A bird.", "", "A dog. A cat."])
+    close(result.pooled, make_encoder()(["A cat.", "", "A dog."]).pooled)
+
+
+def test_a_projecting_model_is_read_from_any_layer(make_encoder, projecting_model):
+    encoder = make_encoder(projecting_model, layer=-2)
+    result = encoder(["A cat. A dog."])
+    ids = [encoder.tower.wrap(encoder.tower.word_ids(text)) for text in ("A cat.", "A dog.")]
+    own = projecting_model(input_ids=torch.tensor(ids), output_hidden_states=True)
+    close(result.prompt_embeds[0, :8], own.hidden_states[-2][:, :-1].flatten(0, 1))
+    close(result.pooled[0], own.text_embeds.mean(dim=0), 2e-5)
+    close(encoder.segment_features(["A dog."]), own.text_embeds[1:], 2e-5)
+
+
+def test_refuses_to_project_twice(make_encoder, projecting_model):
+    with pytest.raises(ConfigError, match="`text_projection` must be left out"):
+        make_encoder(projecting_model, text_projection=nn.Linear(24, 5))
+
+
 @pytest.mark.parametrize(
     "caption",
     [
@@ -252,6 +273,8 @@ def test_odd_captions_are_encoded(make_encoder, caption):
         ({"token_budget": 0}, "`token_budget` must be at least 1; got 0"),
         ({"long_segments": "drop"}, "one of `cut_further`, `truncate`; got 'drop'"),
         ({"policy": SpecialTokenPolicy(num_pad_positions=78)}, r"context .* \(77\); got 78"),
+        ({"pooled": "last"}, "`pooled` must be one of `mean`, `first`; got 'last'"),
+        ({"layer": 0}, "`layer` must be -1 .* got 0"),
     ],
 )
 def test_refuses_settings_that_cannot_work(make_encoder, settings, message):

@@ -2,7 +2,12 @@ import pytest
 import torch
 
 from segalign.errors import ConfigError
-from segalign.text.special_tokens import SpecialTokenPolicy, kept_positions, padding_vector
+from segalign.text.special_tokens import (
+    SpecialTokenPolicy,
+    count_kept,
+    kept_positions,
+    padding_vector,
+)
 
 IDS = (8, 5, 0, 6, 9)  # start, three words, end
 
@@ -22,6 +27,7 @@ IDS = (8, 5, 0, 6, 9)  # start, three words, end
 def test_kept_positions(settings, is_first, expected):
     policy = SpecialTokenPolicy(**settings)
     assert kept_positions(IDS, policy, 0, is_first=is_first).tolist() == expected
+    assert count_kept(IDS[1:-1], policy, 0, is_first=is_first) == len(expected)
 
 
 def test_start_and_end_stay_if_they_equal_the_padding():

@@ -61,3 +61,33 @@ def test_gradients_reach_a_trainable_model(encoder, text_model):
     text_model.requires_grad_(True)
     encoder(["A cat."]).prompt_embeds.square().sum().backward()
     assert text_model.encoder.layers[0].mlp.fc1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 5e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("cache_bytes", [0, 2**22])
+def test_a_caption_does_not_depend_on_its_batch(text_model, tokenizer, dtype, atol, cache_bytes):
+    def make(cache_bytes):
+        return TruncatedEncoder(text_model, tokenizer, cache_bytes=cache_bytes).to(dtype)
+
+    encoder = make(cache_bytes)
+    together, shuffled = encoder(CAPTIONS), encoder(CAPTIONS[::-1])
+    for i, caption in enumerate(CAPTIONS):
+        alone = make(0)([caption])
+        for batch, row in ((together, i), (shuffled, -1 - i)):
+            for name in ("prompt_embeds", "pooled", "attention_mask"):
+                ours, own = getattr(batch, name)[row], getattr(alone, name)[0]
+                torch.testing.assert_close(ours, own, rtol=0, atol=atol)
+
+
+def test_a_projecting_model_is_read_from_any_layer(projecting_model, tokenizer):
+    encoder = TruncatedEncoder(projecting_model, tokenizer, layer=-2)
+    batch = tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
+    own = projecting_model(input_ids=batch.input_ids, output_hidden_states=True)
+    result = encoder(CAPTIONS)
+    torch.testing.assert_close(result.prompt_embeds, own.hidden_states[-2], rtol=0, atol=5e-6)
+    torch.testing.assert_close(result.pooled, own.text_embeds, rtol=0, atol=2e-5)
+
+
+def test_refuses_an_empty_batch(encoder):
+    with pytest.raises(ValueError, match="at least one caption"):
+        encoder([])

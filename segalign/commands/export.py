@@ -1,0 +1,138 @@
+"""``main.py export``: a run's weights in the formats of others."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from segalign.commands.parsing import parse_options
+from segalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from segalign.diffusion.model_card import ModelCard
+    from segalign.generation.generating import RunLoader
+
+_FORMATS = ("diffusers", "lora", "official-lora")
+
+
+def run(argv: Sequence[str], load_run: "RunLoader") -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        argv: Arguments after the command.
+        load_run: Builds the module of a run.
+
+    Raises:
+        SegalignError: If the arguments do not fit, or the run does not have what is asked for.
+    """
+    options = parse_options(_parser(), argv)
+    from segalign.formats.folders import check_new
+
+    check_new(Path(options.out))
+    _export(options, load_run)
+    print(f"wrote {options.format} to {options.out}")
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="main.py export",
+        description="Write the weights of a run for other programs.",
+        exit_on_error=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=str, required=True, help="run or checkpoint")
+    add(
+        "--format",
+        choices=_FORMATS,
+        required=True,
+        help="diffusers: folder that loads as a pipeline, LoRA merged; lora: what "
+        "pipe.load_lora_weights takes; official-lora: the list file of LongSD",
+    )
+    add("--out", type=str, required=True, help="new folder")
+    add("--weights", choices=["raw", "ema"], help="default: the moving average if there is one")
+    add(
+        "--allow_import",
+        type=str,
+        action="append",
+        default=[],
+        help="package whose classes the run's config may name too",
+    )
+    return parser
+
+
+def _export(options: Namespace, load_run: "RunLoader") -> None:
+    from segalign.diffusion.generator import TextToImage
+    from segalign.diffusion.pipeline_folder import save_pipeline_folder
+    from segalign.generation.generating import choose_device, choose_weights
+    from segalign.run_directory import resolve_checkpoint
+
+    checkpoint = resolve_checkpoint(Path(options.checkpoint))
+    module: Any = load_run(
+        checkpoint, device=choose_device("cpu"), allow_import=options.allow_import
+    )
+    if not isinstance(getattr(module, "generator", None), TextToImage):
+        raise ConfigError(
+            f"expected a run of a text-to-image model in `{options.checkpoint}`; got "
+            f"`{type(module).__name__}`. Name another run."
+        )
+    weights = choose_weights(module, options.weights)
+    card = _card(module, checkpoint, weights)
+    with module.weights(weights):
+        if options.format == "diffusers":
+            save_pipeline_folder(module, Path(options.out), card)
+        else:
+            _export_lora(module, options, card)
+
+
+def _export_lora(module: Any, options: Namespace, card: "ModelCard") -> None:
+    """Write the low-rank adapters, and beside them a text adapter that was trained with them."""
+    from segalign.diffusion.pipeline_folder import has_adapters
+    from segalign.formats.folders import new_folder
+    from segalign.formats.official_lora import write_official_lora
+    from segalign.formats.peft_lora import lora_pairs, save_diffusers_lora
+    from segalign.text.adapter import save_adapter
+
+    unet = module.generator.unet
+    if not has_adapters(unet):
+        raise ConfigError(
+            f"expected a run that trained LoRA for `--format {options.format}`; it trained the "
+            "whole network. Use `--format diffusers`."
+        )
+    pairs = lora_pairs(unet)
+    t5 = module.text_models.t5
+    with new_folder(Path(options.out)) as folder:
+        if options.format == "lora":
+            save_diffusers_lora(pairs, folder)
+            how = "`pipe.load_lora_weights(FOLDER)` adds it to a pipeline of the base model."
+        else:
+            write_official_lora(pairs, unet, folder / "lora_vis.pt")
+            how = "`lora_vis.pt` is the list of tensors that the official LongSD code reads."
+        if t5 is not None and t5.adapter is not None:
+            save_adapter(t5.adapter, folder / "adapter")
+            how += " `adapter/` maps the features of T5, in the layout of LaVi-Bridge."
+        (folder / "README.md").write_text(card.lora_text(how), encoding="utf-8")
+
+
+def _card(module: Any, checkpoint: Path, weights: str) -> "ModelCard":
+    """Collect what is known of a run."""
+    from segalign.diffusion.model_card import ModelCard
+    from segalign.diffusion.pipeline_parts import SegmentEncoding
+    from segalign.run_directory import META_FILE, file_digest, stored_step
+    from segalign.trainable import trainable_parameters
+
+    trained = trainable_parameters(module)
+    count = sum(parameter.numel() for parameter in trained.values())
+    is_lora = any(".lora_" in name for name in trained)
+    return ModelCard(
+        base=repr(module.base),
+        trained=f"{'LoRA, ' if is_lora else ''}{count:,} parameters",
+        checkpoint=file_digest(checkpoint / META_FILE),
+        step=stored_step(checkpoint),
+        weights=weights,
+        settings={
+            "Text": repr(SegmentEncoding.describe(module.text)),
+            "Sampler": repr(module.sampler),
+        },
+    )

@@ -1,0 +1,21 @@
+"""What ``python main.py --help`` prints."""
+
+USAGE = """usage: python main.py COMMAND [options]     (help on one: python main.py COMMAND --help)
+
+train and evaluate; configs are layered left to right, `--key.subkey VALUE` overrides them:
+  fit       --config FILE [--config FILE ...] [--ckpt_path auto|RUN|CHECKPOINT] [--run_dir DIR]
+  validate  --config FILE --ckpt_path auto|RUN|CHECKPOINT
+  test      --config FILE --ckpt_path auto|RUN|CHECKPOINT
+  predict   --config FILE --ckpt_path auto|RUN|CHECKPOINT
+
+images and weights:
+  generate  --checkpoint RUN|CHECKPOINT|FOLDER --prompt TEXT|--prompt-file FILE --out DIR
+  export    --checkpoint RUN --format diffusers|lora|official-lora --out DIR
+  import    official LoRA lists, adapters, Denscore, LongSD
+
+data:
+  shards    pack, index, verify or encode WebDataset shards
+  scenes    keep the weights of the tiny base of the embedded benchmark
+
+SEGALIGN_DEBUG=1 in the environment shows the traceback of every error.
+"""

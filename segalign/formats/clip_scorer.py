@@ -1,0 +1,161 @@
+"""CLIP-type preference models in Hugging Face layout: Denscore, PickScore, any ``CLIPModel``."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from segalign.errors import DataError
+from segalign.formats.folders import new_folder
+from segalign.hub import fetch
+from segalign.text.tokenizer import clip_tokenizer
+
+_PICKLED = "pytorch_model.bin"
+_LOADING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How a scorer wants its images: square, in [0, 1], then ``(image - mean) / std``.
+
+    Attributes:
+        image_size: Side in pixels.
+        mean: Of each colour; the default is CLIP's.
+        std: Of each colour.
+    """
+
+    image_size: int = 224
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipScorer(NamedTuple):
+    """A scorer and what its inputs need.
+
+    Attributes:
+        model: The two towers, float32, frozen, in evaluation mode.
+        tokenizer: Its tokenizer. Scorers are used without text cleaning.
+        image_settings: Size and normalisation of its images.
+    """
+
+    model: CLIPModel
+    tokenizer: CLIPTokenizer
+    image_settings: ImageSettings
+
+
+def load_clip_scorer(source: str) -> ClipScorer:
+    """Read a scorer; no code in its files can run.
+
+    Args:
+        source: Folder or hub id of a ``CLIPModel`` (``config.json`` and ``model.safetensors`` or
+            ``pytorch_model.bin``). A missing tokenizer is CLIP's own, missing image settings too.
+
+    Raises:
+        ConfigError: If it is not there.
+        DataError: If it is damaged, incomplete or not a CLIP model.
+    """
+    what = "the scorer"
+    folder = fetch(source, what=what)
+    is_pickled = not any(folder.glob("*.safetensors"))
+    if is_pickled:
+        folder = fetch(source, what=what, also=(_PICKLED,))
+    _check_is_clip(folder)
+    model = _load_model(folder, is_pickled=is_pickled)
+    config: Any = model.config
+    tokenizer = _load_tokenizer(folder)
+    num_entries, num_rows = len(tokenizer), config.text_config.vocab_size
+    if num_entries > num_rows:
+        raise _unusable(folder, f"a tokenizer of {num_entries} entries for {num_rows} embeddings")
+    settings = _load_image_settings(folder, config.vision_config.image_size)
+    return ClipScorer(model, tokenizer, settings)
+
+
+def save_clip_scorer(scorer: ClipScorer, folder: Path) -> None:
+    """Write a scorer as a Hugging Face folder, whole or not at all.
+
+    ``CLIPModel``, ``CLIPTokenizer`` and ``CLIPImageProcessor`` load it, and `load_clip_scorer`.
+
+    Raises:
+        ConfigError: If the folder has content.
+        StorageError: If it cannot be written.
+    """
+    settings = scorer.image_settings
+    side = {"height": settings.image_size, "width": settings.image_size}
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": settings.image_size},
+        crop_size=side,
+        image_mean=list(settings.mean),
+        image_std=list(settings.std),
+    )
+    with new_folder(folder) as unfinished:
+        scorer.model.save_pretrained(unfinished)
+        scorer.tokenizer.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+
+
+def _check_is_clip(folder: Path) -> None:
+    try:
+        kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise _unusable(folder, f"no readable `config.json` ({error})") from error
+    if kind != "clip":
+        raise _unusable(folder, f"a model of type `{kind}`")
+
+
+def _load_model(folder: Path, *, is_pickled: bool) -> CLIPModel:
+    try:
+        loaded: Any = CLIPModel.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=not is_pickled,
+            weights_only=True,
+            output_loading_info=True,
+        )
+    except UnpicklingError as error:
+        raise _unusable(
+            folder, f"a `{_PICKLED}` with more than tensors, which could run code"
+        ) from error
+    except (*_LOADING_ERRORS, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise _unusable(folder, reason) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        raise _unusable(folder, f"no tensor `{min(report['missing_keys'])}`")
+    scorer: CLIPModel = model.eval().requires_grad_(False)
+    return scorer
+
+
+def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return clip_tokenizer()
+    try:
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
+    except _LOADING_ERRORS as error:
+        raise _unusable(folder, f"a tokenizer that cannot be read ({error})") from error
+    return tokenizer
+
+
+def _load_image_settings(folder: Path, side: int) -> ImageSettings:
+    files = ("preprocessor_config.json", "processor_config.json")
+    if not any((folder / name).is_file() for name in files):
+        return ImageSettings(image_size=side)
+    try:
+        processor = CLIPImageProcessor.from_pretrained(folder)
+        mean, std = tuple(map(float, processor.image_mean)), tuple(map(float, processor.image_std))
+    except _LOADING_ERRORS as error:
+        raise _unusable(folder, f"image settings that cannot be read ({error})") from error
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise _unusable(folder, f"image mean {mean} and deviation {std}")
+    return ImageSettings(image_size=side, mean=mean, std=std)
+
+
+def _unusable(folder: Path, found: str) -> DataError:
+    return DataError(
+        f"expected a whole CLIP model in Hugging Face layout in `{folder}`; got {found}; "
+        "download it again or choose another"
+    )

@@ -1,0 +1,73 @@
+"""Weights of others: a local folder, or a model of the Hugging Face hub."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from segalign.errors import ConfigError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Tensors come as safetensors; other formats, and second copies in other precisions, stay behind.
+_WANTED = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model-*-of-*.safetensors",
+)
+
+
+def fetch(
+    model: str, *, what: str, parts: Sequence[str] = (), also: Sequence[str] = (), key: str = "it"
+) -> Path:
+    """Find a model's folder; a hub id is downloaded once and kept in the hub's cache.
+
+    Args:
+        model: Local folder, or hub id ``owner/name``.
+        what: What the model is, for messages: "the text-to-image model".
+        parts: Sub-folders that are needed; none means the files at the top.
+        also: Further file patterns to download, relative to each part.
+        key: Name of the setting to change, for messages.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: If it is neither there nor can be downloaded, or a part is missing.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        folder = _download(model, what, parts, also, key)
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise ConfigError(
+                f"expected {what} with a folder `{part}/` at `{folder}`; found none; "
+                f"download the whole of it and set `{key}` to its folder"
+            )
+    return folder
+
+
+def _download(model: str, what: str, parts: Sequence[str], also: Sequence[str], key: str) -> Path:
+    """Take a model from the hub or its cache."""
+    if not _HUB_ID.fullmatch(model) or model.startswith("./"):
+        raise ConfigError(
+            f"expected {what} at `{model}`; there is no such folder; "
+            f"set `{key}` to a local folder or to a hub id `owner/name`"
+        )
+    patterns = [
+        f"{part}/{name}" if part else name for part in parts or [""] for name in (*_WANTED, *also)
+    ]
+    try:
+        return Path(snapshot_download(model, allow_patterns=["model_index.json", *patterns]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        name = model.partition("/")[2]
+        raise ConfigError(
+            f"expected {what} `{model}` in the hub's cache or online; got "
+            f"{type(error).__name__}; where there is network, run `hf download {model} "
+            f"--local-dir models/{name}`, copy the folder here and set `{key}` to it"
+        ) from error

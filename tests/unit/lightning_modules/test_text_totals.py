@@ -1,0 +1,71 @@
+"""Totals of lost text: by epoch of the sample, over ranks, handed out once."""
+
+from lightning_modules.text_totals import TextTotals
+from segalign.text.conditioning import TextReport
+
+ONE = {"num_captions": 1, "num_segments": 2, "cut_segments": 1, "kept_tokens": 9}
+
+
+def report(*dropped: int) -> TextReport:
+    rows = len(dropped)
+    return TextReport(
+        num_segments=(2,) * rows,
+        cut_segments=(1,) * rows,
+        dropped_tokens=dropped,
+        kept_tokens=(9,) * rows,
+    )
+
+
+def alone(counts, operation):
+    return counts
+
+
+def test_an_epoch_is_handed_out_once_it_is_over():
+    totals = TextTotals()
+    totals.add(report(5, 7), [0, 0], [True, True])
+    assert totals.flush(alone) == {}
+    totals.add(report(1, 100), [0, 1], [True, True])
+    over = totals.flush(alone)
+    assert set(over) == {0}
+    assert over[0]["dropped_tokens"] == 13
+    assert over[0]["num_captions"] == 3
+    assert totals.flush(alone) == {}
+    rest = totals.flush(alone, ended=True)
+    assert rest == {1: {**ONE, "dropped_tokens": 100}}
+    assert totals.flush(alone, ended=True) == {}
+
+
+def test_invalid_rows_do_not_count():
+    totals = TextTotals()
+    totals.add(report(5, 7), [0, 0], [True, False])
+    assert totals.flush(alone, ended=True) == {0: {**ONE, "dropped_tokens": 5}}
+
+
+def test_ranks_are_summed_and_agree_on_what_is_over():
+    """The other rank is one epoch ahead: it has seen epochs 1 and 2, this rank 0 and 1."""
+    totals = TextTotals()
+    totals.add(report(5, 7), [0, 1], [True, True])
+    other = {1: [1, 2, 1, 9, 11], 2: [1, 2, 1, 9, 13]}
+    epochs = iter(range(3))
+
+    def reduce(counts, operation):
+        if operation == "max":
+            assert counts.tolist() == [0, 1]
+            return counts.new_tensor([0, 2])
+        epoch = next(epochs)
+        return counts + counts.new_tensor(other.get(epoch, [0] * 5))
+
+    over = totals.flush(reduce)
+    assert {epoch: row["dropped_tokens"] for epoch, row in over.items()} == {0: 5, 1: 18}
+    assert totals.state_dict() == {"2": [1, 2, 1, 9, 13]}
+
+
+def test_a_resumed_run_goes_on_counting():
+    straight, first, second = TextTotals(), TextTotals(), TextTotals()
+    for totals in (straight, first):
+        totals.add(report(5), [0], [True])
+        totals.flush(alone)
+    second.load_state_dict(first.state_dict())
+    for totals in (straight, second):
+        totals.add(report(6), [0], [True])
+    assert second.flush(alone, ended=True) == straight.flush(alone, ended=True)
