@@ -26,7 +26,7 @@ def run(argv: Sequence[str], load_run: "RunLoader") -> int:
     Raises:
         SegalignError: If the arguments do not fit, or the run does not have what is asked for.
     """
-    options = parse_options(_parser(), argv)
+    options = parse_options(build_parser(), argv)
     from segalign.formats.folders import check_new
 
     check_new(Path(options.out))
@@ -35,7 +35,8 @@ def run(argv: Sequence[str], load_run: "RunLoader") -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def build_parser() -> ArgumentParser:
+    """Build the parser of the command's arguments."""
     parser = ArgumentParser(
         prog="main.py export",
         description="Write the weights of a run for other programs.",

@@ -29,7 +29,7 @@ def run(argv: Sequence[str], load_run: "RunLoader") -> int:
     Raises:
         SegalignError: If the arguments do not fit or something cannot be read or written.
     """
-    options = parse_options(_parser(), argv)
+    options = parse_options(build_parser(), argv)
     prompts, bad = _prompts(options)
     for line in bad:
         place = f"{options.prompt_file}:{line.number}"
@@ -46,7 +46,8 @@ def run(argv: Sequence[str], load_run: "RunLoader") -> int:
     )
 
 
-def _parser() -> ArgumentParser:
+def build_parser() -> ArgumentParser:
+    """Build the parser of the command's arguments."""
     parser = ArgumentParser(
         prog="main.py generate",
         description="Make images of prompts; a killed command goes on where it stopped.",

@@ -16,7 +16,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         SegalignError: If the arguments do not fit, or the weights are not what they should be.
     """
-    options = parse_arguments(_parser(), argv, list(_COMMANDS))
+    options = parse_arguments(build_parser(), argv, list(_COMMANDS))
     command = options.command
     arguments = options[command]
     _check_out(arguments)
@@ -24,7 +24,8 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def build_parser() -> ArgumentParser:
+    """Build the parser of the command's arguments."""
     parser = ArgumentParser(
         prog="main.py import",
         description="check weights of others and rewrite them; files with code in them are refused",

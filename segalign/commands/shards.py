@@ -28,10 +28,11 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         SegalignError: If the arguments do not fit or the command fails.
     """
-    return _dispatch(parse_arguments(_parser(), argv, ["pack", "index", "verify", "encode"]))
+    return _dispatch(parse_arguments(build_parser(), argv, ["pack", "index", "verify", "encode"]))
 
 
-def _parser() -> ArgumentParser:
+def build_parser() -> ArgumentParser:
+    """Build the parser of the command's arguments."""
     parser = ArgumentParser(
         prog="main.py shards",
         description="make and check WebDataset shards",

@@ -1,8 +1,9 @@
 """Export a generator as a folder that loads as a pipeline of diffusers."""
 
+import contextlib
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.utils import logging
 
 from segalign.diffusion.generator import TextToImage
 from segalign.diffusion.latents import PixelUnshuffleCodec, VAECodec
@@ -72,11 +74,23 @@ def save_pipeline_folder(model: TextToImageModel, folder: Path, card: ModelCard)
         StorageError: If the folder cannot be written; nothing is left behind.
     """
     pipeline = make_pipeline(model)
-    with new_folder(folder) as temporary:
+    with new_folder(folder) as temporary, _without_progress_bars():
         pipeline.save_pretrained(temporary, safe_serialization=True)
         (temporary / "pipeline.py").write_text(_PIPELINE_CODE, encoding="utf-8")
         (temporary / "README.md").write_text(card.pipeline_text(), encoding="utf-8")
         write_record(temporary, {"checkpoint": card.checkpoint, "step": card.step})
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for each file."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def make_pipeline(model: TextToImageModel) -> LongTextPipeline:

@@ -210,7 +210,7 @@ def test_existing_content_is_never_touched(capsys, tmp_path, lora):
 
 def test_arguments_are_read_without_torch(repository):
     code = (
-        "import sys; from segalign.commands import import_weights as c; c._parser();"
+        "import sys; from segalign.commands import import_weights as c; c.build_parser();"
         "print([m for m in ('torch', 'transformers', 'diffusers') if m in sys.modules])"
     )
     result = subprocess.run(

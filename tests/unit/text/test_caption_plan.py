@@ -126,10 +126,17 @@ def test_lost_and_dropped_tokens_add_up(tower):
     assert found.num_cut == 1
 
 
-def test_words_that_the_policy_drops_do_not_count_as_lost(tower):
+@pytest.fixture
+def padding_with_a(text_model):
+    """Build a tower whose padding is the word "a"."""
+    tower = ClipTower(text_model, clip_tokenizer(pad_token="a</w>"))
+    assert tower.word_ids("a cat a")[::2] == (tower.pad_token_id,) * 2
+    return tower
+
+
+def test_words_that_the_policy_drops_do_not_count_as_lost(padding_with_a):
+    tower = padding_with_a
     policy = SpecialTokenPolicy(drop_pad_words=True, start="first")
-    tower = ClipTower(tower.text_model, clip_tokenizer(pad_token="a</w>"))
-    assert tower.pad_token_id == 320
     text = "a red " * 60  # every second of 120 words is dropped
     found = plan(tower, [text, "a a a", "a cat"], 30, policy=policy, long_segments="truncate")
     assert found.num_segments == 3
@@ -138,6 +145,15 @@ def test_words_that_the_policy_drops_do_not_count_as_lost(tower):
     roomy = plan(tower, [text, "a a a", "a cat"], 99, policy=policy, long_segments="truncate")
     assert [len(s.positions) for s in roomy.tokens] == [1 + 37, 1]
     assert roomy.num_dropped == 60 - 37
+
+
+def test_segments_that_keep_nothing_take_no_place(padding_with_a):
+    tower = padding_with_a
+    policy = SpecialTokenPolicy(drop_pad_words=True, start="first")
+    for over_budget in ("cut", "proportional"):
+        found = plan(tower, ["cat", "a a", "a", "dog"], 3, policy=policy, over_budget=over_budget)
+        assert [len(s.positions) for s in found.tokens] == [2, 1]
+        assert (found.num_segments, found.num_dropped) == (4, 0)
 
 
 def test_a_huge_segment_is_judged_by_its_start(tower):

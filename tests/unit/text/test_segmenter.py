@@ -229,7 +229,7 @@ def test_long_captions_are_split_fast():
 
 
 @pytest.mark.parametrize(
-    "unit", ["“a. ", "lbs. a ", ".\n", "a wrapped line of forty characters or so\n"]
+    "unit", ["“a. ", "猫在睡觉。", "lbs. a ", ".\n", "a wrapped line of forty characters or so\n"]
 )
 def test_time_grows_linearly(unit):
     def seconds(num_chars):

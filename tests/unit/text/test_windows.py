@@ -78,6 +78,22 @@ def test_the_tokenizer_is_built_when_needed(monkeypatch):
     assert not built
 
 
+def test_counts_with_a_given_tokenizer(tokenizer, monkeypatch):
+    monkeypatch.setattr(windows, "clip_tokenizer", lambda: pytest.fail("built"))
+    assert len(WindowSegmenter(2, tokenizer).split("a red cat")) == 2
+
+
+def test_tokenizes_each_word_once(tokenizer, monkeypatch):
+    tokenized = []
+    monkeypatch.setattr(
+        windows,
+        "word_token_ids",
+        lambda text, tokenizer: tokenized.append(text) or word_token_ids(text, tokenizer),
+    )
+    WindowSegmenter(10, tokenizer).split("a red cat, " * 200)
+    assert sorted(text for text in tokenized if " " not in text) == ["a", "cat,", "red"]
+
+
 def test_counts_with_the_clip_tokenizer(tokenizer):
     caption = " ".join(WORDS * 30)
     assert WindowSegmenter().split(caption) == WindowSegmenter(75, tokenizer).split(caption)
