@@ -103,7 +103,8 @@ class TrainingModule(pl.LightningModule):
                 # Two whole numbers, so that the correction is exact in the gradient's own dtype.
                 parameter.grad.mul_(num_samples).div_(num_valid.clamp(min=1))
         self._num_samples, self._num_valid = 0, None
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and self.global_step % every == 0:
             self._log_text_totals()
 
     def report_text(self, report: TextReport, batch: CaptionBatch) -> None:

@@ -1,15 +1,19 @@
 """Weights of others: a local folder, or a model of the Hugging Face hub."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from segalign.errors import ConfigError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Tensors come as safetensors; other formats, and second copies in other precisions, stay behind.
 _WANTED = (
     "*.json",
@@ -54,16 +58,15 @@ def fetch(
 
 def _download(model: str, what: str, parts: Sequence[str], also: Sequence[str], key: str) -> Path:
     """Take a model from the hub or its cache."""
-    if not _HUB_ID.fullmatch(model) or model.startswith("./"):
-        raise ConfigError(
-            f"expected {what} at `{model}`; there is no such folder; "
-            f"set `{key}` to a local folder or to a hub id `owner/name`"
-        )
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        _refuse_path(model, what, key)
     patterns = [
         f"{part}/{name}" if part else name for part in parts or [""] for name in (*_WANTED, *also)
     ]
     try:
         return Path(snapshot_download(model, allow_patterns=["model_index.json", *patterns]))
+    except HFValidationError:
+        _refuse_path(model, what, key)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         name = model.partition("/")[2]
         raise ConfigError(
@@ -71,3 +74,10 @@ def _download(model: str, what: str, parts: Sequence[str], also: Sequence[str], 
             f"{type(error).__name__}; where there is network, run `hf download {model} "
             f"--local-dir models/{name}`, copy the folder here and set `{key}` to it"
         ) from error
+
+
+def _refuse_path(model: str, what: str, key: str) -> NoReturn:
+    raise ConfigError(
+        f"expected {what} at `{model}`; there is no such folder; "
+        f"set `{key}` to a local folder or to a hub id `owner/name`"
+    ) from None

@@ -35,27 +35,22 @@ class NoiseSchedule:
         Raises:
             ConfigError: If the schedule or the parameterisation is not known.
         """
-        num_timesteps = config.get("num_train_timesteps", 1000)
-        beta_start, beta_end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-        kind = config.get("beta_schedule", "linear")
-        if kind == "scaled_linear":
-            roots = torch.linspace(
-                beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64
-            )
-            betas = roots.square()
-        elif kind == "linear":
-            betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
-        else:
-            raise ConfigError(
-                f"expected `beta_schedule` linear or scaled_linear; got `{kind}`. Convert it."
-            )
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in get_args(PredictionType):
             known = ", ".join(get_args(PredictionType))
             raise ConfigError(
                 f"expected `prediction_type` among {known}; got `{prediction_type}`. Choose one."
             )
-        return cls((1 - betas).cumprod(0), prediction_type)
+        levels = (1 - _betas(config)).cumprod(0)
+        if config.get("rescale_betas_zero_snr"):
+            if prediction_type == "epsilon":
+                raise ConfigError(
+                    "expected `prediction_type` v_prediction or sample with "
+                    "`rescale_betas_zero_snr`; got epsilon, which says nothing of pure noise. "
+                    "Change one of them."
+                )
+            levels = _zero_terminal_snr(levels)
+        return cls(levels, prediction_type)
 
     @property
     def num_timesteps(self) -> int:
@@ -103,3 +98,26 @@ class NoiseSchedule:
             return latents
         alpha, sigma = self.levels(timesteps, latents)
         return alpha * noise - sigma * latents
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    """Return the noise added at each timestep, float64 ``(T,)``."""
+    if (trained := config.get("trained_betas")) is not None:
+        return torch.tensor(trained, dtype=torch.float64)
+    num_timesteps = config.get("num_train_timesteps", 1000)
+    beta_start, beta_end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    kind = config.get("beta_schedule", "linear")
+    if kind == "scaled_linear":
+        bounds = beta_start**0.5, beta_end**0.5
+        return torch.linspace(*bounds, num_timesteps, dtype=torch.float64).square()
+    if kind == "linear":
+        return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+    raise ConfigError(
+        f"expected `beta_schedule` linear or scaled_linear; got `{kind}`. Convert it."
+    )
+
+
+def _zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Shift and scale signal levels so that the last is zero (arXiv 2305.08891, algorithm 1)."""
+    levels = alphas_cumprod.sqrt()
+    return ((levels - levels[-1]) * levels[0] / (levels[0] - levels[-1])).square()

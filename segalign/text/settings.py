@@ -37,6 +37,8 @@ class T5Branch:
         token_budget: Tokens of a caption (official: 240).
         attend_to_padding: Let T5 see the padding, as the official model does.
         dtype: Precision of the frozen T5. The adapter is float32.
+        cache_megabytes: Bound on the memory of T5's cached features; a caption takes 1 MB of
+            T5-large in float32.
     """
 
     model: str = "google-t5/t5-large"
@@ -46,6 +48,7 @@ class T5Branch:
     token_budget: int = 240
     attend_to_padding: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
+    cache_megabytes: int = 256
 
     def load(self, width: int) -> T5Encoder:
         """Read T5 and the adapter to a generator that reads ``width`` features per token."""
@@ -65,6 +68,7 @@ class T5Branch:
             adapter=adapter,
             token_budget=self.token_budget,
             attend_to_padding=self.attend_to_padding,
+            cache_bytes=self.cache_megabytes * 2**20,
         )
 
 
@@ -84,7 +88,7 @@ class TextEncoding:
         over_budget: What becomes of a caption that does not fit the budget: ``cut`` at its end, or
             every segment keeps a share, ``proportional`` to its length.
         mask_padding: Hide padding from the generator. The official model sees it.
-        cache_megabytes: Bound on the memory of cached features of a frozen encoder.
+        cache_megabytes: Bound on the memory of cached features of a frozen CLIP.
         feature_store: Folder of precomputed features (``shards encode``).
         feature_store_2: The same for SDXL's second tower.
         pooled: For SDXL, the pooled features of a caption: the ``mean`` over its segments, or those
@@ -129,7 +133,12 @@ class TextEncoding:
         return replace(models, t5=self.t5.load(width))
 
     def build(self, models: TextModels) -> TextConditioner:
-        """Make the encoder around the text models, as :meth:`complete` returns them."""
+        """Make the encoder around the text models, as :meth:`complete` returns them.
+
+        Raises:
+            ConfigError: If the model lacks what the settings need, or a setting has no effect.
+        """
+        self._check_stores(models)
         parts: list[Any] = []
         if self.context != "t5":
             parts.append(self._clip(models))
@@ -141,6 +150,19 @@ class TextEncoding:
                 )
             parts.append(models.t5)
         return parts[0] if len(parts) == 1 else JoinedEncoder(parts)
+
+    def _check_stores(self, models: TextModels) -> None:
+        """Refuse feature stores that nothing would read."""
+        reads_segments = self.kind == "segments" and self.context != "t5"
+        named = {"feature_store": reads_segments}
+        named["feature_store_2"] = reads_segments and models.text_model_2 is not None
+        for name, is_read in named.items():
+            if getattr(self, name) is not None and not is_read:
+                raise ConfigError(
+                    f"expected no `text.{name}`, since nothing would read it; got "
+                    f"`{getattr(self, name)}`; leave it out, or let "
+                    f"{'two CLIP towers' if name.endswith('2') else 'CLIP'} read segments"
+                )
 
     def _clip(self, models: TextModels) -> TextConditioner:
         """Make the encoder around one CLIP tower, or SDXL's two."""

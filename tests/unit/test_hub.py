@@ -33,7 +33,9 @@ def test_a_missing_part_is_named(tmp_path):
         hub.fetch(str(tmp_path), parts=["unet"], **WHAT)
 
 
-@pytest.mark.parametrize("model", ["nowhere", "models/not/here", "./models/sd15"])
+@pytest.mark.parametrize(
+    "model", ["nowhere", "models/not/here", "./models/sd15", "models/my--model", "models/sd15."]
+)
 def test_a_path_to_nothing_is_not_looked_for_on_the_hub(model):
     with pytest.raises(ConfigError, match="there is no such folder"):
         hub.fetch(model, **WHAT)

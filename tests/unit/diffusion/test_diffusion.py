@@ -26,6 +26,26 @@ def schedule_of(kind):
     return NoiseSchedule.from_config({**SD15, "prediction_type": kind})
 
 
+@pytest.mark.parametrize(
+    "special",
+    [
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        {"trained_betas": [0.001 + 0.00002 * i for i in range(1000)]},
+        {"beta_schedule": "linear"},
+    ],
+    ids=["zero terminal SNR", "listed", "linear"],
+)
+def test_noise_levels_are_those_of_diffusers(special):
+    theirs = DDIMScheduler(**{**SD15, **special}).alphas_cumprod
+    ours = NoiseSchedule.from_config({**SD15, **special})
+    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs, atol=2e-6, rtol=2e-5)
+
+
+def test_zero_terminal_snr_needs_a_parameterisation_that_bears_it():
+    with pytest.raises(ConfigError, match="got epsilon, which says nothing of pure noise"):
+        NoiseSchedule.from_config({**SD15, "rescale_betas_zero_snr": True})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("spacing", "steps_offset"), [("trailing", 0), ("leading", 1)])
 def test_the_sampler_equals_diffusers(kind, spacing, steps_offset):

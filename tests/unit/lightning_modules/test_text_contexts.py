@@ -118,3 +118,23 @@ def test_lora_trains_over_a_base_of_any_precision_and_generates(dtype):
 def test_training_bfloat16_weights_is_refused():
     with pytest.raises(ConfigError, match=r"expected trained weights in float32; `unet\."):
         stable_diffusion("bfloat16", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ({"kind": "truncated", "feature_store": "features"}, "feature_store"),
+        ({"feature_store_2": "features"}, "feature_store_2"),
+    ],
+    ids=str,
+)
+def test_a_feature_store_that_nothing_reads_is_refused(text, name):
+    with pytest.raises(ConfigError, match=rf"expected no `text\.{name}`, since nothing would read"):
+        module(**text)
+
+
+def test_the_cache_of_t5_can_be_off():
+    branch = T5Branch(model="tiny", init="random", token_budget=40, cache_megabytes=0)
+    made = module(context="t5", t5=branch)
+    made.conditioner(CAPTIONS)
+    assert made.text_models.t5.cached_bytes == 0
