@@ -1,0 +1,263 @@
+"""The common direction of a model's text features, estimated in three ways.
+
+A direction from many captions (`CorpusDirection`) is the default: a batch's own estimate holds the
+captions that it is used on, so that of a sample's text-relevant part only ``1 - (1 - omega) / B``
+survives, and of a single caption's nothing but the factor omega.
+
+Dims: B batch, E joint-embedding width, R ranks.
+
+Reference: arXiv 2410.11817; the official code estimates from the batch of all ranks.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, distributed, nn
+
+from segalign.atomic import write_bytes_atomic
+from segalign.errors import ConfigError, DataError
+from segalign.rewards.decomposition import common_share, unit_mean
+
+MIN_BATCH = 64
+MIN_CORPUS = 512
+_KEY = "common_direction"
+_logger = logging.getLogger(__name__)
+
+
+class CommonDirection(Protocol):
+    """An estimate of the common direction V."""
+
+    def __call__(self, text_features: Tensor) -> Tensor:
+        """Return V for a batch.
+
+        Args:
+            text_features: The batch's features, ``(B, E)``, which an estimator may learn from.
+
+        Returns:
+            Unit vector ``(E,)``, without gradient.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a saved direction comes from.
+
+    Attributes:
+        model: Name of the model, for people.
+        model_digest: Digest of its text weights.
+        text: How captions became features: segmenter and pooling, for people.
+        captions_digest: Digest of the captions, in order.
+        num_captions: Their number.
+    """
+
+    model: str
+    model_digest: str
+    text: str
+    captions_digest: str
+    num_captions: int
+
+
+class CorpusMean:
+    """Mean of any number of text features, in float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._total: Tensor | None = None
+
+    def update(self, text_features: Tensor) -> None:
+        """Add features ``(B, E)``."""
+        total = text_features.detach().double().cpu().sum(dim=0)
+        self._total = total if self._total is None else self._total + total
+        self.count += len(text_features)
+
+    def direction(self) -> Tensor:
+        """Return V, float64 ``(E,)``.
+
+        Raises:
+            DataError: If there are too few captions, or they share no direction.
+        """
+        if self._total is None or self.count < MIN_CORPUS:
+            raise DataError(
+                f"expected at least {MIN_CORPUS} captions for a common direction; got "
+                f"{self.count}; add captions"
+            )
+        return unit_mean(self._total, self.count)
+
+
+class CorpusDirection(nn.Module):
+    """A direction that was estimated once, from many captions.
+
+    Args:
+        direction: V, unit vector ``(E,)``.
+        provenance: Where it comes from.
+    """
+
+    direction: Tensor
+
+    def __init__(self, direction: Tensor, provenance: Provenance) -> None:
+        super().__init__()
+        self.register_buffer("direction", direction.detach().float(), persistent=False)
+        self.provenance = provenance
+
+    def forward(self, text_features: Tensor) -> Tensor:
+        """Return V; it learns nothing from the batch.
+
+        Raises:
+            DataError: If the features have another width.
+        """
+        if text_features.shape[-1] != len(self.direction):
+            raise DataError(
+                f"expected a common direction of width {text_features.shape[-1]}, the model's; "
+                f"got {len(self.direction)}, estimated with {self.provenance.model}; estimate one "
+                "for this model"
+            )
+        return self.direction.to(text_features)
+
+    def check_model(self, model_digest: str) -> None:
+        """Refuse a direction of another model.
+
+        Raises:
+            DataError: If it was estimated with other text weights.
+        """
+        if model_digest != self.provenance.model_digest:
+            raise DataError(
+                f"expected a common direction of this model's text weights ({model_digest[:12]}); "
+                f"got one of {self.provenance.model} ({self.provenance.model_digest[:12]}); "
+                "estimate one for this model"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write direction and provenance as one safetensors file, whole or not at all."""
+        facts = {name: str(value) for name, value in asdict(self.provenance).items()}
+        write_bytes_atomic(path, save({_KEY: self.direction.cpu()}, metadata=facts))
+
+    @classmethod
+    def load(cls, path: Path) -> "CorpusDirection":
+        """Read a direction.
+
+        Raises:
+            ConfigError: If there is no such file.
+            DataError: If it holds no direction.
+        """
+        if not path.is_file():
+            raise ConfigError(
+                f"expected a common direction at `{path}`; there is no such file; save one of "
+                "`CorpusMean` there first"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = dict(file.metadata() or {})
+                direction = file.get_tensor(_KEY)
+            facts["num_captions"] = int(facts["num_captions"])
+            return cls(direction, Provenance(**facts))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"expected a common direction in `{path}`; got: {error}; estimate it again"
+            ) from error
+
+
+class BatchDirection(nn.Module):
+    """The direction of the current batch of all ranks, as the official code estimates it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._warned = False
+
+    def forward(self, text_features: Tensor) -> Tensor:
+        """Estimate V from the batch; warns once below 64 captions."""
+        total, count = sum_over_ranks(text_features)
+        if count < MIN_BATCH and not self._warned:
+            self._warned = True
+            _logger.warning(
+                "the common direction is estimated from %d captions; the text-relevant part of "
+                "each is weakened by up to 1/%d; use a direction of a corpus",
+                count,
+                count,
+            )
+        return unit_mean(total, count).to(text_features)
+
+
+class EmaDirection(nn.Module):
+    """The direction of a moving average of batch means; it learns in training mode only.
+
+    Args:
+        decay: Decay of the average per batch, in [0, 1).
+    """
+
+    mean: Tensor
+
+    def __init__(self, decay: float = 0.99) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ConfigError(f"expected `decay` in [0, 1); got {decay}; try 0.99")
+        self.decay = decay
+        self.register_buffer("mean", torch.zeros(0, dtype=torch.float64))
+
+    def forward(self, text_features: Tensor) -> Tensor:
+        """Move the average to the batch's mean, and return its direction."""
+        if self.training or not len(self.mean):
+            total, count = sum_over_ranks(text_features)
+            mean = total / count
+            self.mean = mean if not len(self.mean) else torch.lerp(mean, self.mean, self.decay)
+        return unit_mean(self.mean, 1).to(text_features)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Take a saved average, whose width is known only once there is one."""
+        if (saved := state_dict.get(f"{prefix}mean")) is not None:
+            self.mean = torch.empty_like(saved, device=self.mean.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def sum_over_ranks(text_features: Tensor) -> tuple[Tensor, int]:
+    """Sum features over the batch and all ranks, in float64.
+
+    Returns:
+        The sum ``(E,)``, without gradient, and the number of features.
+    """
+    features = text_features.detach().double()
+    total = torch.cat([features.sum(dim=0), features.new_tensor([float(len(features))])])
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(total)
+    return total[:-1], int(total[-1])
+
+
+@dataclass(frozen=True)
+class ShareStatistics:
+    """How narrow a cone is: statistics of common shares.
+
+    Attributes:
+        mean: Mean share.
+        std: Standard deviation.
+        low: 5 % quantile.
+        high: 95 % quantile.
+    """
+
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+def share_statistics(
+    batches: Iterable[Tensor], common_direction: Tensor
+) -> tuple[ShareStatistics, Tensor]:
+    """Compute statistics of the common shares of many features.
+
+    Args:
+        batches: Features ``(B, E)``, batch by batch.
+        common_direction: V, ``(E,)``.
+
+    Returns:
+        The statistics, and all shares, float64.
+    """
+    direction = common_direction.double()
+    shares = torch.cat([common_share(batch.double(), direction) for batch in batches])
+    low, high = torch.quantile(shares, torch.tensor([0.05, 0.95], dtype=shares.dtype)).tolist()
+    return ShareStatistics(shares.mean().item(), shares.std().item(), low, high), shares

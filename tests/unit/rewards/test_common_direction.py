@@ -1,0 +1,137 @@
+"""Estimators of the common direction: what they return, remember, refuse."""
+
+import logging
+
+import pytest
+import torch
+
+from segalign.errors import ConfigError, DataError
+from segalign.rewards.common_direction import (
+    BatchDirection,
+    CorpusDirection,
+    CorpusMean,
+    EmaDirection,
+    Provenance,
+    share_statistics,
+)
+from segalign.rewards.decomposition import reweight, text_relevant, unit_mean
+
+E = 512
+FACTS = Provenance(
+    model="tiny", model_digest="a" * 64, text="sentence, mean", captions_digest="b" * 64,
+    num_captions=600,
+)  # fmt: skip
+
+
+def cone(count: int, seed: int = 0, share: float = 0.8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw unit vectors of a fixed share of one direction, and that direction."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randn(count, E - 1, generator=generator, dtype=torch.float64)
+    own /= own.norm(dim=1, keepdim=True)
+    features = torch.cat([torch.full((count, 1), share), (1 - share**2) ** 0.5 * own], dim=1)
+    direction = torch.zeros(E, dtype=torch.float64)
+    direction[0] = 1
+    return features, direction
+
+
+@pytest.mark.parametrize("omega", [0.0, 0.3])
+@pytest.mark.parametrize("batch_size", [2, 4, 16, 48])
+def test_own_part_that_survives_a_batch_estimate(batch_size, omega):
+    """It is 1 - (1 - omega) / B of a sample's text-relevant part; with a fixed V it is all."""
+    survivals, kept = [], []
+    for seed in range(8):
+        features, direction = cone(batch_size, seed)
+        own = text_relevant(features, direction)
+        for estimate, ratios in ((BatchDirection()(features), survivals), (direction, kept)):
+            edited = reweight(features, estimate, omega)
+            ratios.append(((edited * own).sum(1) / (own * own).sum(1)).mean())
+    assert abs(torch.stack(survivals).mean() - (1 - (1 - omega) / batch_size)) < 0.01
+    torch.testing.assert_close(torch.stack(kept), torch.ones(8, dtype=torch.float64))
+
+
+def test_a_batch_of_one_is_only_rescaled():
+    features, _ = cone(1)
+    edited = reweight(features, BatchDirection()(features), 0.3)
+    torch.testing.assert_close(edited, 0.3 * features)
+
+
+def test_small_batches_warn_once(caplog):
+    estimate = BatchDirection()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            estimate(cone(63)[0])
+    assert [record.args for record in caplog.records] == [(63, 63)]
+    caplog.clear()
+    BatchDirection()(cone(64)[0])
+    assert not caplog.records
+
+
+def test_the_corpus_mean_does_not_depend_on_batches():
+    features, direction = cone(600)
+    whole, parts = CorpusMean(), CorpusMean()
+    whole.update(features)
+    for batch in features.split(77):
+        parts.update(batch)
+    torch.testing.assert_close(parts.direction(), whole.direction(), rtol=0, atol=1e-14)
+    torch.testing.assert_close(whole.direction(), unit_mean(features.sum(0), 600))
+    assert whole.direction() @ direction > 0.999
+
+
+def test_a_small_corpus_is_refused():
+    mean = CorpusMean()
+    mean.update(cone(511)[0])
+    with pytest.raises(DataError, match=r"at least 512 captions .* got 511"):
+        mean.direction()
+
+
+def test_a_saved_direction_comes_back_with_its_provenance(tmp_path):
+    _, direction = cone(1)
+    path = tmp_path / "v.safetensors"
+    CorpusDirection(direction, FACTS).save(path)
+    loaded = CorpusDirection.load(path)
+    assert loaded.provenance == FACTS
+    assert torch.equal(loaded(cone(3)[0].float()), direction.float())
+    assert not list(loaded.state_dict())
+    loaded.check_model("a" * 64)
+
+
+def test_a_direction_of_another_model_is_refused(tmp_path):
+    saved = CorpusDirection(cone(1)[1], FACTS)
+    with pytest.raises(DataError, match=r"of this model's text weights \(cccccccccccc\); got one"):
+        saved.check_model("c" * 64)
+    with pytest.raises(DataError, match="of width 7, the model's; got 512"):
+        saved(torch.zeros(2, 7))
+
+
+def test_what_is_no_direction_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="there is no such file; save one"):
+        CorpusDirection.load(tmp_path / "nowhere")
+    (tmp_path / "v").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="expected a common direction in"):
+        CorpusDirection.load(tmp_path / "v")
+
+
+def test_the_moving_average_learns_in_training_only():
+    first, second = cone(32, 1)[0], cone(32, 2, share=0.5)[0].roll(3, dims=1)
+    estimate = EmaDirection(decay=0.75)
+    assert torch.equal(estimate(first), unit_mean(first.sum(0), 32))
+    expected = 0.75 * first.mean(0) + 0.25 * second.mean(0)
+    torch.testing.assert_close(estimate(second), expected / expected.norm())
+    estimate.eval()
+    torch.testing.assert_close(estimate(first), expected / expected.norm())
+
+
+def test_a_saved_moving_average_goes_on():
+    straight, resumed = EmaDirection(), EmaDirection()
+    straight(cone(32, 1)[0])
+    resumed.load_state_dict(straight.state_dict())
+    assert torch.equal(resumed(cone(32, 2)[0]), straight(cone(32, 2)[0]))
+
+
+def test_share_statistics_are_those_of_the_projections():
+    features, direction = cone(1000, share=0.7)
+    statistics, shares = share_statistics(features.split(300), direction)
+    assert shares.shape == (1000,)
+    assert statistics.mean == pytest.approx(0.7)
+    assert statistics.std == pytest.approx(0, abs=1e-12)
+    assert statistics.low == pytest.approx(0.7)
