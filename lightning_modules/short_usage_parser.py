@@ -19,6 +19,7 @@ _NOISE = re.compile(
     r"|Expected a <class 'NoneType'>|Expected a path but .* either not accessible"
     r"|Expected a dot import path string|Given value type: |Given value: (NestedArg|\{))"
 )
+_CLASS_WANTED = "Expected a dot import path string"
 _KEY = re.compile(r"Parser key \"([^\"]*)\":")
 _SEE = re.compile(r"\s*\(see `[^`]*`\)")
 _DENIED = re.compile(r"Importing '([^']*)' is not allowed, denied by the '([^']*)' entry .*")
@@ -99,6 +100,8 @@ def summarise(message: str) -> str:
         text = _KEY.sub(r"`\1`:", text.removeprefix("- "))
         text = _DENIED.sub(_explain_denied, text)
         given = text.removeprefix("Given value: ")
+        if given != text and _CLASS_WANTED in message:
+            text = f"expected a class path `package.module.Class`, or settings; got `{given}`"
         if not any(given in part for part in parts):
             parts.append(text)
     return " ".join(part if part.endswith((":", ";")) else f"{part};" for part in parts).rstrip(";")

@@ -117,7 +117,8 @@ class TrainingModule(pl.LightningModule):
             self._warned_of_lost_text = True
             _logger.warning(
                 "%d of %d text tokens of a batch do not fit the text encoding; see "
-                "epoch/dropped_tokens, and raise `text.token_budget` or use `text.kind: segments`",
+                "epoch/dropped_tokens; raise `text.token_budget` (of T5: `text.t5.token_budget`), "
+                "or use `kind: segments` if it is `truncated`",
                 totals["dropped_tokens"],
                 totals["kept_tokens"] + totals["dropped_tokens"],
             )

@@ -64,6 +64,19 @@ def sync_directory(path: Path) -> None:
     sync_file(path)
 
 
+def usual_mode(directory: Path) -> int:
+    """Return the permissions that new files get in a directory, as the user's umask has them.
+
+    Some writers make files that only their owner can read, whatever the umask.
+    """
+    probe = temporary_sibling(directory / "mode")
+    try:
+        with probe.open("xb") as file:
+            return os.fstat(file.fileno()).st_mode & 0o777
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Write a whole file or leave the old one untouched.
 

@@ -26,9 +26,7 @@ _WANTED = (
 )
 
 
-def fetch(
-    model: str, *, what: str, parts: Sequence[str] = (), also: Sequence[str] = (), key: str = "it"
-) -> Path:
+def fetch(model: str, *, what: str, parts: Sequence[str] = (), also: Sequence[str] = ()) -> Path:
     """Find a model's folder; a hub id is downloaded once and kept in the hub's cache.
 
     Args:
@@ -36,7 +34,6 @@ def fetch(
         what: What the model is, for messages: "the text-to-image model".
         parts: Sub-folders that are needed; none means the files at the top.
         also: Further file patterns to download, relative to each part.
-        key: Name of the setting to change, for messages.
 
     Returns:
         The folder.
@@ -46,38 +43,38 @@ def fetch(
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        folder = _download(model, what, parts, also, key)
+        folder = _download(model, what, parts, also)
     for part in parts:
         if not (folder / part).is_dir():
             raise ConfigError(
                 f"expected {what} with a folder `{part}/` at `{folder}`; found none; "
-                f"download the whole of it and set `{key}` to its folder"
+                f"download the whole of it, or give another model"
             )
     return folder
 
 
-def _download(model: str, what: str, parts: Sequence[str], also: Sequence[str], key: str) -> Path:
+def _download(model: str, what: str, parts: Sequence[str], also: Sequence[str]) -> Path:
     """Take a model from the hub or its cache."""
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        _refuse_path(model, what, key)
+        _refuse_path(model, what)
     patterns = [
         f"{part}/{name}" if part else name for part in parts or [""] for name in (*_WANTED, *also)
     ]
     try:
         return Path(snapshot_download(model, allow_patterns=["model_index.json", *patterns]))
     except HFValidationError:
-        _refuse_path(model, what, key)
+        _refuse_path(model, what)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         name = model.partition("/")[2]
         raise ConfigError(
             f"expected {what} `{model}` in the hub's cache or online; got "
             f"{type(error).__name__}; where there is network, run `hf download {model} "
-            f"--local-dir models/{name}`, copy the folder here and set `{key}` to it"
+            f"--local-dir models/{name}`, copy the folder here and give it in place of `{model}`"
         ) from error
 
 
-def _refuse_path(model: str, what: str, key: str) -> NoReturn:
+def _refuse_path(model: str, what: str) -> NoReturn:
     raise ConfigError(
         f"expected {what} at `{model}`; there is no such folder; "
-        f"set `{key}` to a local folder or to a hub id `owner/name`"
+        "give a local folder or a hub id `owner/name`"
     ) from None

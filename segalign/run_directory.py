@@ -126,12 +126,16 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
-def resolve_checkpoint(path: Path) -> Path:
+def resolve_checkpoint(
+    path: Path, *, option: str = "--ckpt_path", allows_auto: bool = True
+) -> Path:
     """Find the checkpoint that a user means.
 
     Args:
         path: A checkpoint, a run directory, or its ``checkpoints`` directory; of the last two the
             newest whole checkpoint is meant.
+        option: What the user gave it by, for the message.
+        allows_auto: Whether that option takes ``auto`` too.
 
     Raises:
         ConfigError: If there is no checkpoint at this place.
@@ -145,9 +149,12 @@ def resolve_checkpoint(path: Path) -> Path:
         if found is not None:
             return found
     what = "nothing" if not path.exists() else "no whole checkpoint"
+    places = ["a run directory", "a directory such as `RUN/checkpoints/step-00001000`"]
+    if allows_auto:
+        places.append("`auto`")
     raise ConfigError(
-        f"expected `ckpt_path` to be a checkpoint or run directory; found {what} at `{path}`. "
-        "Give a directory such as `RUN/checkpoints/step-00001000`, a run directory, or `auto`."
+        f"expected `{option}` to be a checkpoint or run directory; found {what} at `{path}`. "
+        f"Give {', or '.join(places)}."
     )
 
 

@@ -23,6 +23,7 @@ from segalign.atomic import (
     sync_directory,
     sync_file,
     temporary_sibling,
+    usual_mode,
 )
 from segalign.errors import DataError, StorageError
 from segalign.run_directory import (
@@ -108,6 +109,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
     try:
         save_file(_own_memory(named), path)
+        path.chmod(usual_mode(path.parent))
     except SafetensorError as error:
         raise StorageError(
             f"expected to be able to write `{path}`; got: {error}. "

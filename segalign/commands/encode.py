@@ -9,7 +9,6 @@ from jsonargparse.typing import PositiveInt
 from segalign.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import CLIPTokenizer
 
     from segalign.text.clip_tower import ClipTower
@@ -48,10 +47,17 @@ def encode_parser() -> ArgumentParser:
         help="what becomes of a segment that does not fit the context",
     )
     parser.add_argument(
-        "--dtype",
-        choices=["float32", "float16"],
+        "--weights-dtype",
+        choices=["float32", "bfloat16"],
         default="float32",
-        help="float16: half the size, each number within 0.05 percent",
+        help="what the text model computes in: the `dtype` of the model that the store is for",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="what is kept; float16: half the size, each number within 0.05 percent; bfloat16: "
+        "half the size, exact after `--weights-dtype bfloat16`",
     )
     parser.add_argument(
         "--max-shard-megabytes", type=PositiveInt, default=256, help="size of a file of features"
@@ -84,11 +90,17 @@ def encode(options: Namespace) -> "StoreReport":
 
 
 def _load_tower(options: Namespace) -> "ClipTower":
+    import torch
+    from torch import nn
+
+    from segalign.devices import choose_device
     from segalign.text.clip_tower import ClipTower
 
+    device, dtype = choose_device(options.device), getattr(torch, options.weights_dtype)
     load = _scenes_tower if options.model == "scenes" else _folder_tower
     text_model, tokenizer = load(options)
-    text_model.eval().requires_grad_(False).to(_device(options.device))
+    # The library's own `to` would log a warning at a change of precision.
+    nn.Module.to(text_model.eval().requires_grad_(False), device=device, dtype=dtype)
     return ClipTower(text_model, tokenizer, layer=options.layer, cache_bytes=0)
 
 
@@ -102,35 +114,10 @@ def _scenes_tower(options: Namespace) -> "tuple[TextModel, CLIPTokenizer]":
 
 
 def _folder_tower(options: Namespace) -> "tuple[TextModel, CLIPTokenizer]":
-    import torch
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
+    from segalign.diffusion.pretrained import read_second_text_tower, read_text_tower
     from segalign.hub import fetch
 
     number = "" if options.tower == 1 else "_2"
     parts = [f"text_encoder{number}", f"tokenizer{number}"]
-    folder = fetch(options.model, what="the text-to-image model", parts=parts, key="--model")
-    kind = CLIPTextModel if options.tower == 1 else CLIPTextModelWithProjection
-    try:
-        text_model = kind.from_pretrained(
-            folder / parts[0], dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(folder / parts[1], local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"`{folder}` must hold a CLIP text model as safetensors and its tokenizer; got: "
-            f"{str(error).splitlines()[0]}; download the whole of it"
-        ) from error
-    return text_model, tokenizer
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"`--device` must name a device of this machine, such as `cpu` or `cuda`; got "
-            f"`{name}`; {str(error).splitlines()[0]}"
-        ) from error
+    folder = fetch(options.model, what="the text-to-image model", parts=parts)
+    return read_text_tower(folder) if options.tower == 1 else read_second_text_tower(folder)

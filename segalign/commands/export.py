@@ -11,7 +11,7 @@ from segalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from segalign.diffusion.model_card import ModelCard
-    from segalign.generation.generating import RunLoader
+    from segalign.generation.opening import RunLoader
 
 _FORMATS = ("diffusers", "lora", "official-lora")
 
@@ -64,12 +64,14 @@ def build_parser() -> ArgumentParser:
 
 
 def _export(options: Namespace, load_run: "RunLoader") -> None:
+    from segalign.devices import choose_device
     from segalign.diffusion.generator import TextToImage
     from segalign.diffusion.pipeline_folder import save_pipeline_folder
-    from segalign.generation.generating import choose_device, choose_weights
+    from segalign.generation.opening import choose_weights
     from segalign.run_directory import resolve_checkpoint
 
-    checkpoint = resolve_checkpoint(Path(options.checkpoint))
+    path = Path(options.checkpoint)
+    checkpoint = resolve_checkpoint(path, option="--checkpoint", allows_auto=False)
     module: Any = load_run(
         checkpoint, device=choose_device("cpu"), allow_import=options.allow_import
     )
@@ -101,19 +103,55 @@ def _export_lora(module: Any, options: Namespace, card: "ModelCard") -> None:
             f"expected a run that trained LoRA for `--format {options.format}`; it trained the "
             "whole network. Use `--format diffusers`."
         )
+    _check_nothing_lost(module, options.format)
     pairs = lora_pairs(unet)
     t5 = module.text_models.t5
     with new_folder(Path(options.out)) as folder:
         if options.format == "lora":
             save_diffusers_lora(pairs, folder)
-            how = "`pipe.load_lora_weights(FOLDER)` adds it to a pipeline of the base model."
+            how = "`pipe.load_lora_weights(FOLDER)` adds it to a pipeline of the base."
         else:
             write_official_lora(pairs, unet, folder / "lora_vis.pt")
             how = "`lora_vis.pt` is the list of tensors that the official LongSD code reads."
         if t5 is not None and t5.adapter is not None:
             save_adapter(t5.adapter, folder / "adapter")
             how += " `adapter/` maps the features of T5, in the layout of LaVi-Bridge."
-        (folder / "README.md").write_text(card.lora_text(how), encoding="utf-8")
+        (folder / "README.md").write_text(
+            card.lora_text(f"{how}{_base_of_lora(module.base)}"), encoding="utf-8"
+        )
+
+
+def _check_nothing_lost(module: Any, kind: str) -> None:
+    """Refuse a run that trained more than LoRA and a text adapter.
+
+    Raises:
+        ConfigError: If it did.
+    """
+    from segalign.trainable import trainable_parameters
+
+    unet, t5 = module.generator.unet, module.text_models.t5
+    written = {id(weight) for name, weight in unet.named_parameters() if ".lora_" in name}
+    if t5 is not None and t5.adapter is not None:
+        written |= {id(weight) for weight in t5.adapter.parameters()}
+    trained = trainable_parameters(module)
+    lost = [name for name, weight in trained.items() if id(weight) not in written]
+    if lost:
+        raise ConfigError(
+            f"expected a run that trained nothing but LoRA and a T5 adapter for `--format {kind}`; "
+            f"it trained {len(lost)} other tensors, such as `{lost[0]}`. Use `--format diffusers`."
+        )
+
+
+def _base_of_lora(base: object) -> str:
+    """Say what an exported LoRA belongs on, if that is not the plain base."""
+    loras: Sequence[str] = getattr(base, "loras", ())
+    if not loras:
+        return ""
+    names = ", ".join(f"`{name}`" for name in loras)
+    return (
+        f"\n\nIt was trained over the base with these LoRAs merged: {names}. Merge them first, in "
+        "this order: over the plain base it is another model."
+    )
 
 
 def _card(module: Any, checkpoint: Path, weights: str) -> "ModelCard":

@@ -9,14 +9,15 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from segalign.commands.parsing import parse_options
-from segalign.errors import ConfigError, DataError
-from segalign.generation.prompts import BadLine, Prompt, number_texts, read_prompts
+from segalign.errors import ConfigError, DataError, NonFiniteError
+from segalign.generation.prompts import SEEDS, BadLine, Prompt, number_texts, read_prompts
 
 if TYPE_CHECKING:
-    from segalign.generation.generating import OpenedModel, RunLoader
-    from segalign.generation.image_folder import ImageFolder
+    from segalign.generation.image_folder import ImageFolder, ImageJob
+    from segalign.generation.opening import OpenedModel, RunLoader
 
 DTYPES = ["float32", "bfloat16", "float16"]
+_DTYPE_HELP = "precision to compute in; default: that of the weights, which float32 widens"
 
 
 def run(argv: Sequence[str], load_run: "RunLoader") -> int:
@@ -82,7 +83,7 @@ def build_parser() -> ArgumentParser:
     add("--batch-size", type=PositiveInt, default=4, help="images made at a time")
     add("--weights", choices=["raw", "ema"], help="default: the moving average if there is one")
     add("--device", type=str | None, help="such as cpu or cuda:1; default: a GPU if there is one")
-    add("--dtype", choices=DTYPES, help="precision of the networks; default: that of the weights")
+    add("--dtype", choices=DTYPES, help=_DTYPE_HELP)
     add("--overwrite", action="store_true", help="delete the images of earlier commands first")
     add(
         "--allow_import",
@@ -103,6 +104,9 @@ def _prompts(options: Namespace) -> tuple[list[Prompt], list[BadLine]]:
         )
     if options.seeds and options.num_images:
         raise ConfigError("expected `--seeds` or `--num-images`; got both. Give one of them.")
+    too_large = next((seed for seed in options.seeds or () if seed >= SEEDS.stop), None)
+    if too_large is not None:
+        raise ConfigError(f"expected `--seeds` in [0, 2^63); got {too_large}. Take smaller ones.")
     if options.prompt:
         return number_texts(options.prompt), []
     prompts, bad = read_prompts(Path(options.prompt_file))
@@ -112,40 +116,64 @@ def _prompts(options: Namespace) -> tuple[list[Prompt], list[BadLine]]:
 
 
 def _generate(options: Namespace, prompts: Sequence[Prompt], load_run: "RunLoader") -> None:
-    from segalign.data.progress import show_progress
-    from segalign.generation import generating
+    from segalign.generation import opening
+    from segalign.generation.own_files import lock_folder
 
-    opened = generating.open_model(
+    opened = opening.open_model(
         Path(options.checkpoint),
         load_run,
         device=options.device,
         weights=options.weights,
+        dtype=options.dtype,
         allow_import=options.allow_import,
     )
+    with lock_folder(Path(options.out)):
+        _fill_folder(options, prompts, opened)
+
+
+def _fill_folder(options: Namespace, prompts: Sequence[Prompt], opened: "OpenedModel") -> None:
+    """Make the images that are missing.
+
+    Raises:
+        NonFiniteError: If some are not finite; the others are made.
+    """
+    from segalign.data.progress import show_progress
+    from segalign.generation import generating
+
     folder = _open_folder(options, opened)
     jobs = generating.plan_jobs(prompts, options.seeds or range(options.num_images or 1))
     missing = folder.missing(jobs)
     num_kept = len(jobs) - len(missing)
     try:
         with show_progress("generating", len(jobs), done=num_kept) as advance:
-            generating.make_images(
-                opened,
-                missing,
-                folder,
-                batch_size=options.batch_size,
-                dtype=generating.network_dtype(opened, options.dtype),
-                advance=advance,
+            failed = generating.make_images(
+                opened, missing, folder, batch_size=options.batch_size, advance=advance
             )
     finally:
         generating.write_overview(opened, jobs, folder)
-    print(f"made {len(missing)} images, kept {num_kept}; see {folder.path / 'index.html'}")
+    num_made = len(missing) - len(failed)
+    print(f"made {num_made} images, kept {num_kept}; see {folder.path / 'index.html'}")
+    if failed:
+        raise _non_finite(failed, len(missing))
+
+
+def _non_finite(failed: "Sequence[ImageJob]", num_all: int) -> NonFiniteError:
+    """Name the images that are not written on stderr, and the first in the error."""
+    names = [f"prompt {job.prompt.sample_id}, seed {job.seed}" for job in failed]
+    for name in names:
+        print(f"skipping {name}: its image is not finite", file=sys.stderr)
+    return NonFiniteError(
+        f"expected finite images; got NaN in {len(failed)} of {num_all}, the first of {names[0]}; "
+        "they are not written. Use `--dtype float32` or `bfloat16`, which hold larger numbers than "
+        "float16; if it is one of them, the weights are broken: name an earlier checkpoint."
+    )
 
 
 def _open_folder(options: Namespace, opened: "OpenedModel") -> "ImageFolder":
     """Set the sampler, and open the folder for what it makes."""
     from segalign.diffusion.scheduler_sampler import change_sampler, sampler_name
-    from segalign.generation.generating import network_dtype
-    from segalign.generation.image_folder import ImageFolder, ImageSettings, clear_images
+    from segalign.generation.image_folder import ImageFolder, ImageSettings
+    from segalign.generation.own_files import clear_images
 
     model = opened.model
     model.sampler = change_sampler(model.sampler, options.sampler, options.steps, options.guidance)
@@ -155,7 +183,7 @@ def _open_folder(options: Namespace, opened: "OpenedModel") -> "ImageFolder":
         sampler=sampler_name(model.sampler),
         steps=model.sampler.num_inference_steps,
         guidance=model.sampler.guidance_scale,
-        dtype=str(network_dtype(opened, options.dtype)).removeprefix("torch."),
+        dtype=opened.dtype,
     )
     path = Path(options.out)
     if options.overwrite:

@@ -204,21 +204,23 @@ def _image_hw(manifest: Manifest, settings: BatchSettings) -> tuple[int, int] | 
     """Return (H, W) of the images: the setting, or else the size of the first sound image."""
     if settings.content == "caption":
         return None
-    if settings.image_size is not None:
-        return settings.image_size, settings.image_size
-    fault = None
+    side = settings.image_size
+    faults = []
     prefix = "0." if settings.content == "preference" else ""
     for raw in _first_samples(manifest):
         try:
             pixels = decode_image(read_image(raw, prefix))
             read_caption(raw)
-        except SampleFault as err:
-            fault = err
+        except SampleFault as fault:
+            faults.append(fault)
             continue
-        return pixels.shape[0], pixels.shape[1]
+        return (pixels.shape[0], pixels.shape[1]) if side is None else (side, side)
+    # With a size, a bad start may be bad luck; shards without a single image are a wrong setting.
+    if side is not None and any(fault.reason != "image_missing" for fault in faults):
+        return side, side
     raise DataError(
         f"`{manifest.folder}` must hold samples with `{settings.content}` content; the first "
-        f"{min(_MAX_PROBES, manifest.num_samples)} have none ({fault}); check `content`"
+        f"{len(faults)} have none ({faults[-1]}); check `content`"
     )
 
 

@@ -147,7 +147,7 @@ class TextToImage:
             sampler: Steps and guidance.
 
         Returns:
-            Images in [0, 1], clamped, ``(B, 3, H, W)``.
+            Images in [0, 1], clamped, ``(B, 3, H, W)``; NaN where the model overflows.
         """
         with torch.no_grad():
             positive = self.conditioner(captions)
@@ -162,7 +162,9 @@ class TextToImage:
                 return unguided + sampler.guidance_scale * (guided - unguided)
 
             latents = sampler.sample(denoise, noise, self.schedule)
-            return self.codec.decode(latents).float().clamp(0, 1)
+            images = self.codec.decode(latents).float()
+            # An overflow must not pass for black or white.
+            return images.clamp(0, 1).masked_fill(~images.isfinite(), torch.nan)
 
     def noise(self, sample_ids: Sequence[int], eval_seed: int | Sequence[int]) -> Tensor:
         """Draw starting latents that depend on the seed and each sample's id alone."""

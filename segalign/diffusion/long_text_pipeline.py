@@ -4,7 +4,7 @@ Dims: B prompts, c/h/w latents, H/W pixels.
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -66,6 +66,8 @@ class LongTextPipeline(DiffusionPipeline):
         guidance_scale: Default factor of classifier-free guidance; 1 is off.
         spacing: Which timesteps the steps are taken at.
         t5_settings: Token budget and treatment of padding of the whole-caption encoder.
+        dtypes: Precision of each part in the run, by name; parts that come in float32 are rounded
+            to it. None leaves all as they are.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->t5_encoder->t5_adapter->unet->vae"
@@ -96,6 +98,7 @@ class LongTextPipeline(DiffusionPipeline):
         guidance_scale: float = 7.5,
         spacing: str = "trailing",
         t5_settings: dict[str, Any] | None = None,
+        dtypes: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -118,7 +121,10 @@ class LongTextPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             spacing=spacing,
             t5_settings=t5_settings,
+            dtypes=dtypes,
         )
+        for name, dtype in (dtypes or {}).items():
+            _round_part(getattr(self, name), getattr(torch, dtype))
         self.sampler: Sampler = make_sampler(
             cast("SchedulerName", sampler),
             num_inference_steps,
@@ -127,6 +133,19 @@ class LongTextPipeline(DiffusionPipeline):
         )
         self._conditioner: TextConditioner | None = None
         self._placement: tuple[Any, ...] = ()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **settings: Any) -> Self:
+        """Load an exported folder, every part in the precision that it had in the run.
+
+        Args:
+            pretrained_model_name_or_path: The folder.
+            settings: What diffusers takes. ``dtype`` gives all parts one precision instead;
+                the network lies in the folder in float32 wherever LoRA was merged.
+        """
+        if settings.get("dtype", settings.get("torch_dtype")) is not None:
+            settings = {"dtypes": None, **settings}
+        return cast("Self", super().from_pretrained(pretrained_model_name_or_path, **settings))
 
     @property
     def conditioner(self) -> TextConditioner:
@@ -211,9 +230,8 @@ class LongTextPipeline(DiffusionPipeline):
 
     def _sample(self, captions: Sequence[str], noise: Tensor, sampler: Sampler) -> Tensor:
         """Sample with latents in float32, whatever the precision of the networks."""
-        device = self._execution_device
-        with precision(device, self.unet.dtype):
-            images = self.generator.sample(captions, noise.to(device, torch.float32), sampler)
+        noise = noise.to(self._execution_device, torch.float32)
+        images = self.generator.sample(captions, noise, sampler)
         self.maybe_free_model_hooks()
         return images
 
@@ -261,9 +279,10 @@ class LongTextPipeline(DiffusionPipeline):
         )
 
 
-def precision(device: torch.device, dtype: torch.dtype) -> Any:
-    """Compute in a dtype for the duration of a block; float32 leaves everything as it is."""
-    return torch.autocast(device.type, dtype, enabled=dtype not in (torch.float32, torch.float64))
+def _round_part(part: object, dtype: torch.dtype) -> None:
+    """Give a part its precision, unless it was loaded in one that was asked for."""
+    if isinstance(part, nn.Module) and next(part.parameters()).dtype == torch.float32:
+        nn.Module.to(part, dtype)  # the libraries' own `to` would warn of casts
 
 
 def _placement(model: nn.Module | None) -> tuple[Any, ...]:

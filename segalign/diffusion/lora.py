@@ -12,6 +12,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from segalign.errors import ConfigError
 from segalign.formats.lora_pairs import LoraPairs
 from segalign.formats.official_lora import match_official_lora, read_official_lora
 from segalign.formats.peft_lora import fill_lora, load_diffusers_lora
@@ -39,6 +40,12 @@ class LoraSettings:
     target_modules: str = OFFICIAL_TARGETS
     init_from: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(
+                f"expected `lora.rank` of at least 1; got {self.rank}; the official rank is 32"
+            )
+
     def add_to(self, unet: UNet2DConditionModel) -> None:
         """Freeze the network and add trainable float32 adapters.
 
@@ -46,6 +53,7 @@ class LoraSettings:
             unet: Network in any precision, which it keeps.
 
         Raises:
+            ConfigError: If no module matches ``target_modules``.
             DataError: If ``init_from`` cannot be read, or is of another model, rank or choice of
                 modules.
         """
@@ -58,7 +66,13 @@ class LoraSettings:
             target_modules=self.target_modules,
             init_lora_weights="gaussian",
         )
-        unet.add_adapter(config)
+        try:
+            unet.add_adapter(config)
+        except ValueError as error:
+            raise ConfigError(
+                f"expected `lora.target_modules` that match modules of the network; got "
+                f"`{self.target_modules}`; leave it out for the official choice"
+            ) from error
         for layer in unet.modules():
             if isinstance(layer, LoraLayer):
                 self._widen(layer)

@@ -68,7 +68,7 @@ class SegmentEncoding(JsonPart):
     @classmethod
     def describe(cls, text: TextEncoding) -> Self:
         """Take the settings of a text encoding; where T5 and stored features lay is left out."""
-        kept = replace(text, t5=None, feature_store=None)
+        kept = replace(text, t5=None, feature_store=None, feature_store_2=None)
         return cls(**{field.name: _plain(getattr(kept, field.name)) for field in fields(kept)})
 
     def encoding(self) -> TextEncoding:

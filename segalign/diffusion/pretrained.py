@@ -121,25 +121,41 @@ def read_parts(model: str) -> ModelParts:
     Raises:
         ConfigError: If it is not there, or a part cannot be read.
     """
-    folder = fetch(model, what=_WHAT, parts=_PARTS, key="model")
+    folder = fetch(model, what=_WHAT, parts=_PARTS)
     has_two_towers = _has_two_towers(folder)
     if has_two_towers:
-        folder = fetch(model, what=_WHAT, parts=(*_PARTS, *_PARTS_2), key="model")
+        folder = fetch(model, what=_WHAT, parts=(*_PARTS, *_PARTS_2))
+    text_model, tokenizer = read_text_tower(folder)
     text_2 = tokenizer_2 = None
     if has_two_towers:
-        text_2 = _read_weights(CLIPTextModelWithProjection, folder / "text_encoder_2", "dtype")
-        tokenizer_2 = _read(CLIPTokenizer.from_pretrained, folder / "tokenizer_2")
+        text_2, tokenizer_2 = read_second_text_tower(folder)
     return ModelParts(
         unet=_read_weights(UNet2DConditionModel, folder / "unet", "torch_dtype"),
         vae=_read_weights(AutoencoderKL, folder / "vae", "torch_dtype"),
         text_models=TextModels(
-            text_model=_read_weights(CLIPTextModel, folder / "text_encoder", "dtype"),
-            tokenizer=_read(CLIPTokenizer.from_pretrained, folder / "tokenizer"),
+            text_model=text_model,
+            tokenizer=tokenizer,
             text_model_2=text_2,
             tokenizer_2=tokenizer_2,
         ),
         scheduler_config=_read(_read_scheduler, folder / "scheduler"),
     )
+
+
+def read_text_tower(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """Read ``text_encoder/`` and ``tokenizer/`` of a local diffusers folder, in float32.
+
+    Raises:
+        ConfigError: If a weight or file is missing, damaged, or of another kind of model.
+    """
+    text_model = _read_weights(CLIPTextModel, folder / "text_encoder", "dtype")
+    return text_model, _read(_read_tokenizer, folder / "tokenizer")
+
+
+def read_second_text_tower(folder: Path) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
+    """Read ``text_encoder_2/`` and ``tokenizer_2/``: see :func:`read_text_tower`."""
+    text_model = _read_weights(CLIPTextModelWithProjection, folder / "text_encoder_2", "dtype")
+    return text_model, _read(_read_tokenizer, folder / "tokenizer_2")
 
 
 def _has_two_towers(folder: Path) -> bool:
@@ -161,6 +177,15 @@ def _read_weights(network: type[Part], folder: Path, dtype_key: str) -> Part:
     if lost:
         raise _unreadable(folder, f"no weight of the right shape for `{lost[0]:.100}`")
     return cast("Part", loaded)
+
+
+def _read_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Read a tokenizer; the library would make an empty one where files are missing."""
+    whole = (["tokenizer.json"], ["vocab.json", "merges.txt"])
+    if not any(all((folder / name).is_file() for name in names) for names in whole):
+        raise FileNotFoundError("no `tokenizer.json`, nor `vocab.json` with `merges.txt`")
+    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer
 
 
 def _read_scheduler(folder: Path) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ def unet_structure(base: str) -> UNet2DConditionModel:
     for size in get_args(Size):
         if base == size:
             return random_parts(size, seed=0, device=meta).unet
-    folder = fetch(base, what="the LoRA's base model", parts=("unet",), key="--base")
+    folder = fetch(base, what="the LoRA's base model", parts=("unet",))
     return _from_config(folder / "unet", meta)
 
 

@@ -1,21 +1,25 @@
 """CLIP-type preference models in Hugging Face layout: Denscore, PickScore, any ``CLIPModel``."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from segalign.errors import DataError
 from segalign.formats.folders import new_folder
 from segalign.hub import fetch
+from segalign.tensor_pickle import is_plain_tensor, read_tensor_pickle
 from segalign.text.tokenizer import clip_tokenizer
 
 _PICKLED = "pytorch_model.bin"
+_EXPECTED = "a whole CLIP model in Hugging Face layout"
+_REMEDY = "download it again or choose another"
 _LOADING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError)
 
 
@@ -108,18 +112,14 @@ def _check_is_clip(folder: Path) -> None:
 
 
 def _load_model(folder: Path, *, is_pickled: bool) -> CLIPModel:
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
+    if is_pickled:
+        source = {"pretrained_model_name_or_path": None, "state_dict": _read_pickled(folder)}
     try:
+        config = CLIPConfig.from_pretrained(folder)
         loaded: Any = CLIPModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=not is_pickled,
-            weights_only=True,
-            output_loading_info=True,
+            **source, config=config, dtype=torch.float32, output_loading_info=True
         )
-    except UnpicklingError as error:
-        raise _unusable(
-            folder, f"a `{_PICKLED}` with more than tensors, which could run code"
-        ) from error
     except (*_LOADING_ERRORS, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise _unusable(folder, reason) from error
@@ -128,6 +128,15 @@ def _load_model(folder: Path, *, is_pickled: bool) -> CLIPModel:
         raise _unusable(folder, f"no tensor `{min(report['missing_keys'])}`")
     scorer: CLIPModel = model.eval().requires_grad_(False)
     return scorer
+
+
+def _read_pickled(folder: Path) -> dict[str, Tensor]:
+    content = read_tensor_pickle(folder / _PICKLED, expected=_EXPECTED, remedy=_REMEDY)
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and is_plain_tensor(value) for name, value in content.items()
+    ):
+        raise _unusable(folder, f"a `{_PICKLED}` of other things than named tensors")
+    return dict(content)
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -155,7 +164,4 @@ def _load_image_settings(folder: Path, side: int) -> ImageSettings:
 
 
 def _unusable(folder: Path, found: str) -> DataError:
-    return DataError(
-        f"expected a whole CLIP model in Hugging Face layout in `{folder}`; got {found}; "
-        "download it again or choose another"
-    )
+    return DataError(f"expected {_EXPECTED} in `{folder}`; got {found}; {_REMEDY}")

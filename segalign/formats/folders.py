@@ -9,9 +9,9 @@ from segalign.atomic import (
     make_directory,
     move_directory_into_place,
     storage_errors,
-    sync_directory,
     sync_file,
     temporary_sibling,
+    usual_mode,
 )
 from segalign.errors import ConfigError
 
@@ -50,8 +50,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
+            mode = usual_mode(temporary)
             for path in temporary.rglob("*"):
-                sync_directory(path) if path.is_dir() else sync_file(path)
+                if path.is_file():
+                    path.chmod(mode)
+                sync_file(path)
             move_directory_into_place(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -7,11 +7,9 @@ for Stable Diffusion 1.5.
 """
 
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -30,9 +28,11 @@ from segalign.formats.lora_pairs import (
     plain_layers,
 )
 from segalign.run_format import read_tensors
+from segalign.tensor_pickle import is_plain_tensor, read_tensor_pickle
 
 _OWNERS = frozenset({"ResnetBlock2D", "Attention", "CrossAttention", "GEGLU"})
-_REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
+_EXPECTED = "a list of LoRA tensors [up, down, ...]"
+_REMEDY = "choose an official LoRA file (`lora_vis.pt`)"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,10 @@ def read_official_lora(path: Path) -> list[Tensor]:
     """
     if not path.is_file():
         raise DataError(f"expected a LoRA file at `{path}`; there is none; check the path")
-    content = _read_named(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    if path.suffix == ".safetensors":
+        content: Any = _read_named(path)
+    else:
+        content = read_tensor_pickle(path, expected=_EXPECTED, remedy=_REMEDY)
     if not isinstance(content, list) or not content or not all(map(_is_plain, content)):
         raise _not_a_list(path, _describe(content))
     if len(content) % 2:
@@ -165,18 +168,6 @@ def _half(tensor: Tensor, path: str) -> Tensor:
     return half
 
 
-def _read_pickled(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise almost anything
-        refused = _REFUSED_GLOBAL.search(str(error))
-        if isinstance(error, UnpicklingError) and refused:
-            found = f"an object of `{refused[1]}`, which could run code and was not loaded"
-        else:
-            found = f"a damaged or foreign file ({type(error).__name__})"
-        raise _not_a_list(path, found) from error
-
-
 def _read_named(path: Path) -> list[Tensor]:
     named = read_tensors(path)
     expected = [f"{index:03d}.{'down' if index % 2 else 'up'}" for index in range(len(named))]
@@ -187,12 +178,7 @@ def _read_named(path: Path) -> list[Tensor]:
 
 
 def _is_plain(item: object) -> bool:
-    return (
-        isinstance(item, Tensor)
-        and item.layout is torch.strided
-        and item.is_floating_point()
-        and not item.is_meta
-    )
+    return isinstance(item, Tensor) and is_plain_tensor(item) and item.is_floating_point()
 
 
 def _describe(content: object) -> str:
@@ -203,7 +189,4 @@ def _describe(content: object) -> str:
 
 
 def _not_a_list(path: Path, found: str) -> DataError:
-    return DataError(
-        f"expected a list of LoRA tensors [up, down, ...] in `{path}`; got {found}; "
-        "choose an official LoRA file (`lora_vis.pt`)"
-    )
+    return DataError(f"expected {_EXPECTED} in `{path}`; got {found}; {_REMEDY}")

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,20 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from segalign.atomic import (
-    make_directory,
-    recover_directory,
-    storage_errors,
-    write_bytes_atomic,
-    write_text_atomic,
-)
+from segalign.atomic import make_directory, write_bytes_atomic, write_text_atomic
 from segalign.errors import ConfigError
+from segalign.generation.own_files import (
+    FINGERPRINT,
+    RECORDS_FILE,
+    check_own,
+    image_files,
+    image_name,
+    read_metadata,
+    remove_stale,
+)
 from segalign.generation.prompts import Prompt
 from segalign.pictures import to_uint8
 
-RECORDS_FILE = "images.jsonl"
-SHEET_FILE = "index.html"
-_IMAGE_NAME = re.compile(r"\d{8,}-s\d+\.png")
 # A prompt is shortened in a picture's metadata only; readers of PNG give up on huge texts.
 _MAX_PROMPT_IN_PNG = 65_536
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
@@ -46,7 +46,8 @@ class ImageSettings:
         sampler: Name of the sampler.
         steps: Inference steps.
         guidance: Factor of classifier-free guidance.
-        dtype: Precision of the networks.
+        dtype: What the networks compute in: that of their weights, several joined by ``+``, or the
+            one that was asked for.
     """
 
     checkpoint: str
@@ -72,27 +73,28 @@ class ImageJob:
     @property
     def file(self) -> str:
         """Name of the file: numbers alone, never text of the prompt."""
-        return f"{self.prompt.sample_id:08d}-s{self.seed}.png"
+        return image_name(self.prompt.sample_id, self.seed)
 
 
 class ImageFolder:
-    """Images of one set of settings.
+    """Images of one set of settings; one process at a time: see ``lock_folder``.
 
     Args:
         path: The folder; it is made if it is missing.
         settings: What all its images have in common.
 
     Raises:
-        ConfigError: If it holds images of other settings.
+        ConfigError: If it holds images of other settings, or files of other origin by our names.
         StorageError: If it cannot be written.
     """
 
     def __init__(self, path: Path, settings: ImageSettings) -> None:
         make_directory(path)
-        recover_directory(path)
+        check_own(path)
+        remove_stale(path)
         self.path = path
         self.settings = settings
-        self._stored = {file.name: _read_metadata(file) for file in _images(path)}
+        self._stored = {file.name: read_metadata(file) for file in image_files(path)}
         expected = {name: str(value) for name, value in asdict(settings).items()}
         for name, stored in self._stored.items():
             for key, value in expected.items():
@@ -110,7 +112,7 @@ class ImageFolder:
             stored = self._stored.get(job.file)
             if not stored:
                 missing.append(job)
-            elif stored.get("fingerprint") != self._fingerprint(job):
+            elif stored.get(FINGERPRINT) != self._fingerprint(job):
                 raise _refusal(
                     self.path, f"`{job.file}` shows another prompt", f"{job.prompt.text!r:.40}"
                 )
@@ -128,7 +130,7 @@ class ImageFolder:
             "sample_id": str(job.prompt.sample_id),
             "seed": str(job.seed),
             **{name: str(value) for name, value in asdict(self.settings).items()},
-            "fingerprint": self._fingerprint(job),
+            FINGERPRINT: self._fingerprint(job),
         }
         info = PngInfo()
         for key, text in metadata.items():
@@ -178,33 +180,9 @@ class ImageFolder:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def clear_images(path: Path) -> None:
-    """Delete what earlier commands wrote into a folder, and nothing else."""
-    with storage_errors(path):
-        for file in (path / RECORDS_FILE, path / SHEET_FILE, *_images(path)):
-            file.unlink(missing_ok=True)
-
-
 def printable(text: str) -> str:
     """Replace what UTF-8 files or PNG texts cannot hold: NUL and lone surrogates."""
     return _UNPRINTABLE.sub("\ufffd", text)
-
-
-def _images(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return []
-    return sorted(file for file in path.iterdir() if _IMAGE_NAME.fullmatch(file.name))
-
-
-def _read_metadata(file: Path) -> Mapping[str, str]:
-    """Read how an image was made; nothing if it is not a whole PNG."""
-    try:
-        with Image.open(file, formats=["PNG"]) as image:
-            texts = {str(k): v for k, v in image.info.items() if isinstance(v, str)}
-            image.verify()
-    except (OSError, SyntaxError, ValueError):
-        return {}
-    return texts
 
 
 def _refusal(path: Path, found: str, expected: str) -> ConfigError:

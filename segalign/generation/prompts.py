@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 from segalign.errors import ConfigError
 
-_INT64 = range(2**63)
+SEEDS = range(2**63)  # what a prompt's id and a seed may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +130,10 @@ def _parse_record(text: str, position: int) -> Prompt:
         sample_id = name
     elif name is not None:
         label = str(name)
-    if sample_id not in _INT64:
+    if sample_id not in SEEDS:
         raise ValueError(f"expected `id` in [0, 2^63); got {sample_id}")
     seed = record.get("seed")
-    if seed is not None and not (_is_integer(seed) and seed in _INT64):
+    if seed is not None and not (_is_integer(seed) and seed in SEEDS):
         raise ValueError(f"expected `seed` to be an integer in [0, 2^63); got {seed!r:.40}")
     return Prompt(sample_id, prompt, label, seed)
 

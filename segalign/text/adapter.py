@@ -4,11 +4,8 @@ Dims: B captions, S tokens of a caption.
 """
 
 import json
-import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +18,7 @@ from segalign.errors import ConfigError, DataError
 from segalign.formats.folders import new_folder
 from segalign.hub import fetch
 from segalign.run_format import read_tensors
+from segalign.tensor_pickle import is_plain_tensor, read_tensor_pickle
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -33,22 +31,8 @@ _MAX_DIM = 65_536
 _SUB_FOLDERS = ("t5_unet/adapter", "adapter", "*_adapter")
 # What wrappers put before all names: data-parallel training, and our own `T5Encoder`.
 _PREFIXES = ("module.", "adapter.")
-# What a damaged pickle makes the restricted reader raise, besides its own refusals.
-_DAMAGE = (
-    UnpicklingError,
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-    OverflowError,
-    struct.error,
-)
-_REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
+_EXPECTED = "the 12 tensors of a text adapter"
+_REMEDY = "choose a LaVi-Bridge or LongSD adapter, or download it again"
 
 
 class TextAdapter(nn.Module):
@@ -166,7 +150,7 @@ def _find_folder(source: str | Path) -> Path:
     """Find the folder that holds the files themselves."""
     files = (CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE)
     wanted = [PICKLED_FILE, *(f"{part}/{name}" for part in _SUB_FOLDERS for name in files)]
-    root = fetch(str(source), what=_WHAT, also=wanted, key="adapter")
+    root = fetch(str(source), what=_WHAT, also=wanted)
     if (root / CONFIG_FILE).is_file():
         return root
     for pattern in _SUB_FOLDERS:
@@ -208,33 +192,20 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         named: Any = read_tensors(path)
     elif (folder / PICKLED_FILE).is_file():
         path = folder / PICKLED_FILE
-        named = _read_pickled(path)
+        named = read_tensor_pickle(path, expected=_EXPECTED, remedy=_REMEDY)
     else:
         raise ConfigError(
             f"expected {_WHAT}'s `{WEIGHTS_FILE}` (or `.bin`) in `{folder}`; found none; "
             "download the whole adapter folder"
         )
     if not isinstance(named, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in named.items()
+        isinstance(name, str) and is_plain_tensor(value) for name, value in named.items()
     ):
         _refuse(path, f"a {type(named).__name__} of other things")
     for prefix in _PREFIXES:
         if named and all(name.startswith(prefix) for name in named):
             named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
     return path, dict(named)
-
-
-def _read_pickled(path: Path) -> Any:
-    """Read a pickle of tensors; anything else in it is refused, not run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
-        refused = _REFUSED_GLOBAL.search(str(error))
-        if isinstance(error, UnpicklingError) and refused:
-            found = f"an object of `{refused[1]}`, which could run code and was not loaded"
-        else:
-            found = f"a damaged or foreign file ({type(error).__name__})"
-        _refuse(path, found, error)
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], adapter: TextAdapter, path: Path) -> None:
@@ -252,8 +223,5 @@ def _check_tensors(tensors: Mapping[str, Tensor], adapter: TextAdapter, path: Pa
             _refuse(path, f"`{name}` with other things than finite numbers")
 
 
-def _refuse(path: Path, found: str, cause: BaseException | None = None) -> NoReturn:
-    raise DataError(
-        f"expected the 12 tensors of a text adapter in `{path}`; got {found}; "
-        "choose a LaVi-Bridge or LongSD adapter, or download it again"
-    ) from cause
+def _refuse(path: Path, found: str) -> NoReturn:
+    raise DataError(f"expected {_EXPECTED} in `{path}`; got {found}; {_REMEDY}")

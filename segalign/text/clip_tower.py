@@ -17,6 +17,13 @@ from transformers import CLIPTokenizer
 
 from segalign.errors import ConfigError
 from segalign.text.feature_store import FeatureStore
+from segalign.text.frozen_features import (
+    FrozenFeatures,
+    WeightVersions,
+    execution_device,
+    is_constant,
+    weight_versions,
+)
 from segalign.text.lru_cache import LruCache
 from segalign.text.passes import plan_passes
 from segalign.text.text_states import TextModel, check_model, text_states
@@ -66,7 +73,8 @@ class ClipTower(nn.Module):
         cache_bytes: Bound on the memory of cached features of a frozen model, on its device.
         store: Features of a frozen model on disk, asked for what the cache lacks.
         width_step: Lengths are rounded up to a multiple of this. Small: less padding; large:
-            fewer passes.
+            fewer passes. Without multiples of 4 features are equal but for the last bits: the
+            CPU's kernels add up 3, 5 or 6 rows in another order than many.
         max_pass_tokens: Bound on rows times width of one pass.
 
     Raises:
@@ -94,13 +102,14 @@ class ClipTower(nn.Module):
         self.max_pass_tokens = max_pass_tokens
         self.context_length: int = text_model.config.max_position_embeddings
         self.width: int = text_model.config.hidden_size
-        self._features: LruCache[tuple[TokenIds, str], tuple[Tensor, Tensor]] = LruCache(
+        self._cache_bytes = cache_bytes
+        self._features: FrozenFeatures[TokenIds, tuple[Tensor, Tensor]] = FrozenFeatures(
             cache_bytes
         )
         self._word_ids: LruCache[str, TokenIds] = LruCache(_MAX_CACHED_TEXTS)
-        self._weight_versions: tuple[tuple[int, int], ...] = ()
+        self._checked_versions: WeightVersions = ()
         check_model(text_model, tokenizer, layer)
-        self._forget_stale()
+        self._check_store()
 
     @property
     def max_word_tokens(self) -> int:
@@ -115,14 +124,10 @@ class ClipTower(nn.Module):
     @property
     def cached_bytes(self) -> int:
         """Bytes of features in the cache."""
-        return self._features.cost
+        return self._features.num_bytes
 
     def clear_cache(self) -> None:
-        """Forget cached features.
-
-        Changes of weights by an optimizer, by ``load_state_dict``, by moves and casts are noticed;
-        call this after writing to ``.data`` of a weight.
-        """
+        """Forget cached features: see :meth:`FrozenFeatures.clear` for when it is needed."""
         self._features.clear()
 
     def word_ids(self, text: str) -> TokenIds:
@@ -159,21 +164,22 @@ class ClipTower(nn.Module):
         distinct = list(dict.fromkeys(sequences))
         if not distinct:
             raise ValueError("expected at least one text; got none")
-        if not self._may_keep():
+        if not self._has_fixed_features():
             return self._encode(distinct)
-        self._forget_stale()
-        found = self._look_up(distinct)
-        missing = [sequence for sequence in distinct if sequence not in found]
-        if missing:
-            with torch.no_grad():
-                encoded = self._encode(missing)
-            for sequence in missing:
-                pooled = encoded.pooled[encoded.pooled_rows[sequence]]
-                found[sequence] = self._keep(sequence, encoded[sequence].clone(), pooled.clone())
+        if self.store is None and self._cache_bytes == 0:
+            return self._encode(distinct)
+        self._check_store()
+        pairs = self._features.encode(
+            self.text_model,
+            distinct,
+            self._encode_pairs,
+            dropout=self._dropout,
+            look_up=None if self.store is None else self._stored_pair,
+        )
         return TokenFeatures(
-            rows=torch.cat([found[sequence][0] for sequence in distinct]),
+            rows=torch.cat([rows for rows, _ in pairs]),
             first_rows=dict(zip(distinct, accumulate(map(len, distinct), initial=0), strict=False)),
-            pooled=torch.stack([found[sequence][1] for sequence in distinct]),
+            pooled=torch.stack([pooled for _, pooled in pairs]),
             pooled_rows={sequence: row for row, sequence in enumerate(distinct)},
         )
 
@@ -184,29 +190,19 @@ class ClipTower(nn.Module):
         numbers = [features.pooled_rows[sequence] for sequence in sequences]
         return features.pooled[torch.tensor(numbers, device=features.pooled.device)]
 
-    def _look_up(self, sequences: Sequence[TokenIds]) -> dict[TokenIds, tuple[Tensor, Tensor]]:
-        """Find features in the cache, or else in the store."""
-        dtype = self._autocast_dtype()
-        found = {}
-        for sequence in sequences:
-            features = self._features.get((sequence, dtype))
-            if features is None and self.store is not None:
-                stored = self.store.get(sequence)
-                if stored is not None:
-                    features = self._keep(sequence, *map(self._like_weights, stored))
-            if features is not None:
-                found[sequence] = features
-        return found
+    def _stored_pair(self, sequence: TokenIds) -> tuple[Tensor, Tensor] | None:
+        """Read states and pooled features from the store, in the model's number type."""
+        stored = None if self.store is None else self.store.get(sequence)
+        if stored is None:
+            return None
+        place = execution_device(self.text_model), self.text_model.dtype
+        rows, pooled = stored
+        return rows.to(*place, copy=True), pooled.to(*place, copy=True)
 
-    def _keep(self, sequence: TokenIds, rows: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Put features into the cache."""
-        key = sequence, self._autocast_dtype()
-        self._features.put(key, (rows, pooled), rows.nbytes + pooled.nbytes)
-        return rows, pooled
-
-    def _like_weights(self, stored: Tensor) -> Tensor:
-        """Bring a stored tensor to the model's device and number type, in memory of its own."""
-        return stored.to(self.text_model.device, self.text_model.dtype, copy=True)
+    def _encode_pairs(self, sequences: Sequence[TokenIds]) -> list[tuple[Tensor, Tensor]]:
+        """Encode distinct sequences to views of their states and pooled features."""
+        encoded = self._encode(sequences)
+        return [(encoded[one], encoded.pooled[encoded.pooled_rows[one]]) for one in sequences]
 
     def _encode(self, sequences: Sequence[TokenIds]) -> TokenFeatures:
         """Encode distinct sequences, in a few passes."""
@@ -237,54 +233,36 @@ class ClipTower(nn.Module):
     def _on_device(self, arrays: Sequence[NDArray[np.int64]]) -> tuple[Tensor, ...]:
         """Move arrays to the model's device, in one transfer."""
         flat = torch.from_numpy(np.concatenate(arrays))
-        return torch.split(
-            flat.to(self.text_model.device, non_blocking=True), [len(array) for array in arrays]
-        )
+        moved = flat.to(execution_device(self.text_model), non_blocking=True)
+        return torch.split(moved, [len(array) for array in arrays])
 
-    def _may_keep(self) -> bool:
-        """Tell whether features may be kept: no gradient through the model, and no dropout."""
-        has_dropout = self.text_model.training and bool(self.text_model.config.attention_dropout)
-        trainable = any(weight.requires_grad for weight in self.text_model.parameters())
-        if has_dropout or (trainable and torch.is_grad_enabled()):
-            self._refuse_store()
-            return False
-        return self.store is not None or self._features.max_cost > 0
+    @property
+    def _dropout(self) -> float:
+        return self.text_model.config.attention_dropout or 0.0
 
-    def _forget_stale(self) -> None:
-        """Clear the cache and check the store anew if a weight changed since the last look."""
-        versions = self._versions()
-        if versions != self._weight_versions:
-            self.clear_cache()
-            if self.store is not None:
-                self.store.check(self.text_model, self.layer)
-            self._weight_versions = versions
-
-    def _versions(self) -> tuple[tuple[int, int], ...]:
-        """Identify the weights and their contents, as far as PyTorch counts changes."""
-        return tuple(
-            (id(weight), 0 if weight.is_inference() else weight._version)
-            for weight in self.text_model.parameters()
-        )
-
-    def _autocast_dtype(self) -> str:
-        """Name the dtype that autocast computes in, or return an empty string."""
-        device_type = self.text_model.device.type
-        if not torch.is_autocast_enabled(device_type):
-            return ""
-        return str(torch.get_autocast_dtype(device_type))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "ClipTower":
-        """Move or cast the model; cached features stay behind, the store stays valid."""
-        self._forget_stale()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.clear_cache()
-        self._weight_versions = self._versions()
-        return self
-
-    def _refuse_store(self) -> None:
-        """Refuse a store beside a model whose features change."""
-        if self.store is not None:
+    def _has_fixed_features(self) -> bool:
+        """Tell whether another pass would give the same; refuse a store where it would not."""
+        is_fixed = is_constant(self.text_model, self._dropout)
+        if self.store is not None and not is_fixed:
             raise ConfigError(
                 "a feature store serves a frozen text model; this one is trained or has dropout; "
                 "freeze it or use no store"
             )
+        return is_fixed
+
+    def _check_store(self) -> None:
+        """See that the store is the model's, if a weight changed since the last look."""
+        if self.store is None:
+            return
+        versions = weight_versions(self.text_model)
+        if versions != self._checked_versions:
+            self.store.check(self.text_model, self.layer)
+            self._checked_versions = versions
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ClipTower":
+        """Move or cast the model; cached features stay behind, the store stays valid."""
+        self._check_store()
+        self.clear_cache()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._checked_versions = weight_versions(self.text_model)
+        return self

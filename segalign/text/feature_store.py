@@ -52,6 +52,11 @@ def weights_digest(text_model: TextModel) -> str:
     return digest.hexdigest()
 
 
+def dtype_name(text_model: TextModel) -> str:
+    """Name the number type that a text model computes in, as configs do."""
+    return str(text_model.dtype).removeprefix("torch.")
+
+
 class FeatureStore:
     """Read the features of token sequences from a folder; only what is asked for is read.
 
@@ -123,13 +128,25 @@ class FeatureStore:
         """See that the store was made with this text model.
 
         Raises:
-            ConfigError: If it holds features of another layer or of other weights.
+            ConfigError: If it holds features of another layer, of other weights, or of these in
+                another number type; or if the weights are not there to be compared.
         """
+        if any(weight.is_meta for weight in text_model.parameters()):
+            raise ConfigError(
+                f"the feature store `{self.folder}` serves a text model whose weights are in "
+                "memory; these are offloaded layer by layer, or never read; load them or use no "
+                "store"
+            )
         if self.description["layer"] != layer:
             raise self._foreign(f"layer {self.description['layer']}, not {layer}")
         stored, own = self.description["weights"], weights_digest(text_model)
-        if stored != own:
-            raise self._foreign(f"other weights ({stored[:12]}, not {own[:12]})")
+        if stored == own:
+            return
+        # Stores of before this was recorded are of float32.
+        dtypes = self.description.get("weights_dtype", "float32"), dtype_name(text_model)
+        if dtypes[0] != dtypes[1]:
+            raise self._of_another_dtype(*dtypes)
+        raise self._foreign(f"other weights ({stored[:12]}, not {own[:12]})")
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> "FeatureStore":
         return self
@@ -146,6 +163,13 @@ class FeatureStore:
                 self._open_files.popitem(last=False)
         self._open_files.move_to_end(number)
         return self._open_files[number]
+
+    def _of_another_dtype(self, stored: str, own: str) -> ConfigError:
+        return ConfigError(
+            f"the feature store `{self.folder}` must be made with the text model in use; it holds "
+            f"features of weights in {stored}, the model's are in {own}; set the model's `dtype` "
+            f"to {stored}, or make another with `shards encode --weights-dtype {own}`"
+        )
 
     def _foreign(self, found: str) -> ConfigError:
         return ConfigError(

@@ -33,6 +33,7 @@ from segalign.text.feature_store import (
     INDEX_NAME,
     STORE_FORMAT,
     STORE_NAME,
+    dtype_name,
     features_name,
     open_file,
     weights_digest,
@@ -41,8 +42,12 @@ from segalign.text.segmenter import Segmenter
 from segalign.text.special_tokens import SpecialTokenPolicy
 from segalign.text.tokenizer import TokenIds
 
-StoreDtype = Literal["float32", "float16"]
-_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16}
+StoreDtype = Literal["float32", "float16", "bfloat16"]
+_DTYPES: Final = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 _PLAN_NAME: Final = "plan.json"
 _LOCK_NAME: Final = ".encode.lock"
 _LOCK_SECONDS: Final = 10.0
@@ -60,7 +65,8 @@ class StoreSettings:
         long_segments: What becomes of a segment that does not fit the context.
         dtype: Number type of the stored features. ``float32`` gives back the very numbers;
             ``float16`` half the size, each number within 0.05 % (2**-11) of its value, or within
-            3e-8 of it where it is small.
+            3e-8 of it where it is small; ``bfloat16`` half the size, and the very numbers of a
+            tower in bfloat16.
         max_shard_bytes: Size at which a file of features is closed.
     """
 
@@ -153,6 +159,7 @@ class _StoreWriter:
         plan: dict[str, Any] = {
             **STORE_FORMAT,
             "weights": weights_digest(self.tower.text_model),
+            "weights_dtype": dtype_name(self.tower.text_model),
             "layer": self.tower.layer,
             "dtype": self.settings.dtype,
             "segmenter": self.settings.segmenter_description,

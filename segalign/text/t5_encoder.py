@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 from segalign.errors import ConfigError
 from segalign.text.adapter import TextAdapter, check_adapter_widths
 from segalign.text.conditioning import TextConditioning, TextReport
-from segalign.text.frozen_features import FrozenFeatures
+from segalign.text.frozen_features import FrozenFeatures, execution_device
 from segalign.text.tokenizer import TokenIds
 
 
@@ -60,7 +60,7 @@ class T5Encoder(nn.Module):
         self.attend_to_padding = attend_to_padding
         self.captions_per_pass = captions_per_pass
         self.width: int = model.config.d_model if adapter is None else adapter.out_dim
-        self._features: FrozenFeatures[TokenIds] = FrozenFeatures(cache_bytes)
+        self._features: FrozenFeatures[TokenIds, Tensor] = FrozenFeatures(cache_bytes)
         self._check_settings()
         self._keep_frozen_model_evaluating()
 
@@ -113,7 +113,7 @@ class T5Encoder(nn.Module):
         return empty.expand(batch_size)
 
     def clear_cache(self) -> None:
-        """Forget cached features; needed after writing to ``.data`` of a weight."""
+        """Forget cached features: see :meth:`FrozenFeatures.clear` for when it is needed."""
         self._features.clear()
 
     def token_ids(self, caption: str) -> TokenIds:
@@ -150,14 +150,14 @@ class T5Encoder(nn.Module):
         for row, sequence in zip(ids, sequences, strict=True):
             row[: len(sequence)] = torch.tensor(sequence)
         mask = None if self.attend_to_padding else self._mask([len(ids) for ids in sequences])
-        output = self.model(input_ids=ids.to(self.model.device), attention_mask=mask)
+        output = self.model(input_ids=ids.to(execution_device(self.model)), attention_mask=mask)
         features: Tensor = output.last_hidden_state
         return features
 
     def _mask(self, lengths: Sequence[int]) -> Tensor:
         """Mark the first columns of each row, bool ``(N, L)``."""
         positions = torch.arange(self.token_budget)
-        return (positions < torch.tensor(lengths).unsqueeze(1)).to(self.model.device)
+        return (positions < torch.tensor(lengths).unsqueeze(1)).to(execution_device(self.model))
 
     def _apply(self, fn: object, recurse: bool = True) -> "T5Encoder":
         """Move or cast the model; cached features stay behind."""

@@ -83,7 +83,7 @@ def load_t5(
         encoder = random_t5(_size(model), seed=seed)
         nn.Module.to(encoder, dtype=dtype)
         return encoder, byte_t5_tokenizer()
-    return _read_model(fetch(model, what=_WHAT, key="model"), dtype)
+    return _read_model(fetch(model, what=_WHAT), dtype)
 
 
 def random_t5(size: T5Size, *, seed: int = 0) -> T5EncoderModel:

@@ -27,17 +27,19 @@ def text_states(text_model: TextModel, input_ids: Tensor, layer: int = -1) -> tu
         States of the layer, ``(N, S, D)``, and final states of all positions, mapped by the
         model's projection if it has one, ``(N, S, E)``. All positions are projected, not the end
         tokens alone, so that the result does not depend on the number of sequences.
+
+    The model is called as a whole, so that hooks on it run, such as those of accelerate's
+    offloading.
     """
-    read = _reader(text_model)
     if layer == -1:
-        final = read(input_ids=input_ids).last_hidden_state
+        final = text_model(input_ids=input_ids).last_hidden_state
         return final, project(text_model, final)
     recorded: list[Tensor] = []
     hook = layers_of(text_model)[layer].register_forward_hook(
         lambda _module, _inputs, states: recorded.append(states)
     )
     try:
-        final = read(input_ids=input_ids).last_hidden_state
+        final = text_model(input_ids=input_ids).last_hidden_state
     finally:
         hook.remove()
     return recorded[0], project(text_model, final)
@@ -57,7 +59,9 @@ def layers_of(text_model: TextModel) -> nn.ModuleList:
     """Return the transformer's layers."""
     if isinstance(text_model, OpenClipText):
         return text_model.layers
-    layers: nn.ModuleList = _reader(text_model).encoder.layers
+    is_wrapped = isinstance(text_model, CLIPTextModelWithProjection)
+    transformer: Any = text_model.text_model if is_wrapped else text_model
+    layers: nn.ModuleList = transformer.encoder.layers
     return layers
 
 
@@ -93,9 +97,3 @@ def check_projection(text_model: TextModel, projection: nn.Module | None) -> nn.
             "pass one of them"
         )
     return projection
-
-
-def _reader(text_model: TextModel) -> Any:
-    """Return the part whose output is the final states, before any projection."""
-    is_wrapped = isinstance(text_model, CLIPTextModelWithProjection)
-    return text_model.text_model if is_wrapped else text_model

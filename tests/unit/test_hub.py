@@ -7,7 +7,7 @@ import pytest
 from segalign import hub
 from segalign.errors import ConfigError
 
-WHAT = {"what": "the text-to-image model", "key": "vars.model"}
+WHAT = {"what": "the text-to-image model"}
 PUBLISHED = [
     "model_index.json",
     "v1-5-pruned.ckpt",
@@ -29,7 +29,7 @@ def test_a_local_folder_is_taken(tmp_path):
 
 
 def test_a_missing_part_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"with a folder `unet/` at .* set `vars\.model`"):
+    with pytest.raises(ConfigError, match=r"with a folder `unet/` at .* download the whole of it"):
         hub.fetch(str(tmp_path), parts=["unet"], **WHAT)
 
 
@@ -47,7 +47,7 @@ def test_offline_says_what_to_download_and_where_to_put_it():
     message = str(caught.value)
     assert "\n" not in message
     assert "hf download owner/some-model --local-dir models/some-model" in message
-    assert "set `vars.model` to it" in message
+    assert "give it in place of `owner/some-model`" in message
 
 
 def test_only_what_is_needed_is_downloaded(tmp_path, monkeypatch):

@@ -194,3 +194,15 @@ def test_a_failed_safetensors_write_is_a_storage_error(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="os error 28"):
         save_checkpoint(make_tree(), tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_are_readable_as_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_checkpoint(make_tree(), tmp_path / "step-00000003")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "step-00000003").iterdir()} == {
+        mode
+    }

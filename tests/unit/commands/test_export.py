@@ -69,6 +69,29 @@ def test_the_official_list_and_the_adapter_beside_it(place, tmp_path):
     assert "`adapter/`" in text
 
 
+def test_trained_weights_are_not_dropped_silently(place, tmp_path):
+    settings = model_settings(STABLE_DIFFUSION, lora={"rank": 2}, train_text_model=True)
+    write_run(place / "text", settings, ema=False)
+    for kind in ("lora", "official-lora"):
+        message = rf"nothing but LoRA and a T5 adapter for `--format {kind}`.*`--format diffusers`"
+        with pytest.raises(ConfigError, match=message):
+            run_export(place, kind, tmp_path / "out", source="text")
+    assert not (tmp_path / "out").exists()
+    assert run_export(place, "diffusers", tmp_path / "out", source="text") == 0
+
+
+def test_the_card_names_the_loras_that_the_base_holds(place, tmp_path):
+    run_export(place, "lora", tmp_path / "first")
+    assert "merged" not in (tmp_path / "first" / "README.md").read_text()
+    base = {**STABLE_DIFFUSION, "init_args": {
+        **STABLE_DIFFUSION["init_args"], "loras": [str(tmp_path / "first")],
+    }}  # fmt: skip
+    write_run(place / "second", model_settings(base, lora={"rank": 2}), ema=False)
+    run_export(place, "official-lora", tmp_path / "out", source="second")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"over the base with these LoRAs merged: `{tmp_path / 'first'}`" in text
+
+
 def test_what_cannot_be_exported(place, tmp_path):
     write_run(place / "whole", model_settings(), ema=False)
     with pytest.raises(ConfigError, match="trained LoRA for `--format lora`; it trained the whole"):
@@ -83,5 +106,5 @@ def test_what_cannot_be_exported(place, tmp_path):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ConfigError, match="has content"):
         run_export(place, "lora", tmp_path / "full")
-    with pytest.raises(ConfigError, match="found nothing"):
+    with pytest.raises(ConfigError, match=r"`--checkpoint` .*found nothing at .*00001000`\.$"):
         run_export(place, "lora", tmp_path / "out", source="nowhere")

@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from tiny_run import model_settings, write_run
+from tiny_run import STABLE_DIFFUSION, model_settings, write_run
 
 from lightning_modules.run_loading import load_module
 from segalign.commands import export, generate
-from segalign.errors import ConfigError, DataError
+from segalign.errors import ConfigError, DataError, NonFiniteError
+from segalign.generation.own_files import lock_folder
 
 LONG = "A red fox sits on a tall wall. " * 12
 
@@ -172,6 +175,11 @@ def test_any_prompt_makes_an_image(place, tmp_path, prompt):
         (["--prompt", "A.", "--steps", "0"], "steps"),
         (["--prompt", "A.", "--steps", "2000"], "2000"),
         (["--prompt", "A.", "--device", "abacus"], "got `abacus`. Choose another `--device`"),
+        (["--prompt", "A.", "--device", "meta"], "got `meta`. Choose another `--device`"),
+        (
+            ["--prompt", "A.", "--seeds", str(2**63)],
+            r"`--seeds` in \[0, 2\^63\); got 9223372036854",
+        ),
         (["--prompt", "A.", "--sampler", "euler"], "euler"),
         (["--prompt", "A.", "--colour", "red"], "colour"),
     ],
@@ -182,8 +190,17 @@ def test_settings_that_cannot_work(place, tmp_path, options, message):
 
 
 def test_sources_that_cannot_be_used(place, tmp_path):
-    with pytest.raises(ConfigError, match="found nothing"):
+    message = r"`--checkpoint` to be a .*; found nothing at .*step-00001000`\.$"  # and no `auto`
+    with pytest.raises(ConfigError, match=message):
         make(place, tmp_path / "out", "--prompt", "A.", source="nowhere")
+    plain = tmp_path / "plain"
+    for part in ("unet", "vae"):
+        (plain / part).mkdir(parents=True)
+    for index in (None, '{"_class_name": "StableDiffusionPipeline", "unet": []}'):
+        if index is not None:
+            (plain / "model_index.json").write_text(index)
+        with pytest.raises(ConfigError, match=r"a plain model of diffusers.*longsd --base .*plain"):
+            make(tmp_path, tmp_path / "out", "--prompt", "A.", source="plain")
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(DataError, match=r"a whole folder that `main\.py export` has written"):
         make(tmp_path, tmp_path / "out", "--prompt", "A.", source=".")
@@ -192,3 +209,102 @@ def test_sources_that_cannot_be_used(place, tmp_path):
     with pytest.raises(ConfigError, match=r"a model that makes images in .*; got `ToyModule`"):
         make(place, tmp_path / "o", "--prompt=A.", "--allow_import=toy_house", source="toy")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_seed_makes_an_image(place, tmp_path):
+    assert make(place, tmp_path, "--prompt=A.", "--seeds", str(2**63 - 1)) == 0
+    assert images(tmp_path) == [f"00000000-s{2**63 - 1}.png"]
+
+
+def recorded(out):
+    return {json.loads(line)["dtype"] for line in (out / "images.jsonl").read_text().splitlines()}
+
+
+def test_a_named_precision_changes_run_and_export_alike(place, tmp_path):
+    for source in ("run", "folder"):
+        made = {}
+        for dtype in (None, "float32", "bfloat16"):
+            out = tmp_path / f"{source}-{dtype}"
+            options = () if dtype is None else ("--dtype", dtype)
+            make(place, out, "--prompt", LONG, "--seeds", "5", *options, source=source)
+            assert recorded(out) == {dtype or "float32"}
+            made[dtype] = pixels(out / images(out)[0])
+        assert (made["float32"] == made[None]).all()
+        assert 0 < abs(made["bfloat16"] - made[None]).max() <= 20
+    difference = [pixels(tmp_path / f"{s}-bfloat16" / "00000000-s5.png") for s in ("run", "folder")]
+    assert abs(difference[0] - difference[1]).max() <= 8
+
+
+def test_precision_of_a_bfloat16_run_is_told_and_can_be_widened(tmp_path):
+    base = {**STABLE_DIFFUSION, "init_args": {**STABLE_DIFFUSION["init_args"], "dtype": "bfloat16"}}
+    write_run(tmp_path / "run", model_settings(base, lora={"rank": 2}))
+    export.run([
+        "--checkpoint", str(tmp_path / "run"), "--format", "diffusers",
+        "--out", str(tmp_path / "folder"),
+    ], load_module)  # fmt: skip
+    made = {}
+    for source in ("run", "folder"):
+        for dtype in (None, "bfloat16", "float32"):
+            out = tmp_path / f"{source}-{dtype}"
+            options = [] if dtype is None else ["--dtype", dtype]
+            generate.run([
+                "--checkpoint", str(tmp_path / source), "--out", str(out), "--prompt=A fox.",
+                "--device=cpu", *options,
+            ], load_module)  # fmt: skip
+            made[source, dtype] = recorded(out), pixels(out / "00000000-s0.png")
+    assert made["run", None][0] == {"bfloat16+float32"}  # the second of LoRA
+    assert made["folder", None][0] == {"bfloat16"}
+    assert (made["folder", None][1] == made["folder", "bfloat16"][1]).all()
+    for source in ("run", "folder"):
+        assert made[source, "float32"][0] == {"float32"}
+        assert abs(made[source, "float32"][1] - made[source, None][1]).max() > 0
+    assert abs(made["run", "float32"][1] - made["folder", "float32"][1]).max() <= 1
+
+
+def test_a_changed_folder_is_refused(place, tmp_path):
+    folder = shutil.copytree(place / "folder", tmp_path / "folder")
+    options = ("--prompt=A.", "--steps=1")
+    (folder / "README.md").write_text("# My model\n")  # for people, not for the model
+    assert make(tmp_path, tmp_path / "out", *options, source="folder") == 0
+    config = folder / "segment_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"token_budget": 64', '"token_budget": 32'))
+    with pytest.raises(
+        DataError, match=r"as it was written; `segment_encoder/config\.json` differs"
+    ):
+        make(tmp_path, tmp_path / "out", *options, source="folder")
+
+
+def test_images_that_are_not_finite_are_named_and_the_others_made(place, tmp_path, capsys):
+    module = load_once(place / "run" / "checkpoints" / "step-00000003", device=torch.device("cpu"),
+                       allow_import=[])  # fmt: skip
+    decode = module.codec.decode
+
+    def decode_badly(latents):
+        decoded = decode(latents)
+        decoded[1, 0, 0, 0] = float("nan")
+        return decoded
+
+    module.codec.decode = decode_badly
+    try:
+        with pytest.raises(NonFiniteError, match="NaN in 1 of 3, the first of prompt 0, seed 1"):
+            make(place, tmp_path, "--prompt=A.", "--num-images=3")
+    finally:
+        del module.codec.decode
+    assert NonFiniteError.exit_code == 70
+    printed = capsys.readouterr()
+    assert "skipping prompt 0, seed 1: its image is not finite" in printed.err
+    assert "made 2 images, kept 0" in printed.out
+    assert images(tmp_path) == ["00000000-s0.png", "00000000-s2.png"]
+    assert (tmp_path / "index.html").read_text().count("<img") == 2
+    assert make(place, tmp_path, "--prompt=A.", "--num-images=3") == 0
+    assert "made 1 images, kept 2" in capsys.readouterr().out
+
+
+def test_files_of_others_survive_overwriting_and_two_commands_do_not_mix(place, tmp_path):
+    out = tmp_path / "out"
+    with lock_folder(out), pytest.raises(OSError, match="is at work in it"):
+        make(place, out, "--prompt=A.")
+    (out / "index.html").write_text("mine")
+    with pytest.raises(ConfigError, match=r"index\.html` to be missing or made by"):
+        make(place, out, "--prompt=A.", "--overwrite")
+    assert sorted(path.name for path in out.iterdir()) == [".generate.lock", "index.html"]

@@ -121,6 +121,7 @@ def test_truncated_and_foreign_bytes_are_unreadable(plain_image):
         with pytest.raises(SampleFault) as caught:
             decode_image(raw)
         assert caught.value.reason == "image_unreadable"
+        assert "0x" not in caught.value.detail
 
 
 def outcome(raw: bytes) -> str:

@@ -310,8 +310,10 @@ def test_foreign_shards_can_be_streamed(tmp_path):
     assert json.loads((tmp_path / "data_report.json").read_text())["train"]["delivered"] == 24
 
 
-def test_samples_of_another_content_are_noticed_at_once(tmp_path):
-    data = captions_module(write_captions(tmp_path / "s", [3]), content="image")
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_samples_of_another_content_are_noticed_at_once(tmp_path, image_size):
+    shards = write_captions(tmp_path / "s", [3])
+    data = captions_module(shards, content="image", image_size=image_size)
     message = r"must hold samples with `image` content; the first 3 have none \(image_missing: "
     with pytest.raises(DataError, match=message):
         data.train_dataloader()

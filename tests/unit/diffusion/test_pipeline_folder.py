@@ -118,6 +118,42 @@ def test_diffusers_loads_it_by_its_own_code(exported, tmp_path, monkeypatch):
     ] == "scaled_linear"  # fmt: skip
 
 
+BFLOAT16 = {**STABLE_DIFFUSION, "init_args": {
+    **STABLE_DIFFUSION["init_args"], "dtype": "bfloat16",
+}}  # fmt: skip
+
+
+def test_the_parts_keep_the_precision_of_the_run(tmp_path, monkeypatch):
+    """A bfloat16 run: the same up to what its own rounding does; widened, the same to 1e-5."""
+    text = {**T5, "t5": {**T5["t5"], "dtype": "bfloat16"}, "token_budget": 64}
+    sampler = {"num_inference_steps": 4, "guidance_scale": 3.0, "spacing": "leading"}
+    settings = model_settings(BFLOAT16, lora={"rank": 2}, text=text, sampler=sampler)
+    write_run(tmp_path / "run", settings, ema=False)
+    module, folder = load_module(tmp_path / "run"), tmp_path / "out"
+    save_pipeline_folder(module, folder, CARD)
+    assert UNet2DConditionModel.from_pretrained(folder / "unet").dtype == torch.float32
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    pipeline = LongTextPipeline.from_pretrained(folder)
+    by_diffusers = DiffusionPipeline.from_pretrained(
+        folder, custom_pipeline=str(folder), trust_remote_code=True
+    )
+    for loaded in (pipeline, by_diffusers):
+        networks = {n: p for n, p in loaded.components.items() if isinstance(p, torch.nn.Module)}
+        dtypes = {name: {weight.dtype for weight in p.parameters()} for name, p in networks.items()}
+        assert dtypes.pop("t5_adapter") == {torch.float32}
+        assert dtypes.keys() == {"unet", "vae", "text_encoder", "t5_encoder"}
+        assert all(found == {torch.bfloat16} for found in dtypes.values())
+    run, exported = module.generate(PROMPTS, [0, 1, 2], 7), pipeline.generate(PROMPTS, [0, 1, 2], 7)
+    assert torch.equal(by_diffusers.generate(PROMPTS, [0, 1, 2], 7), exported)
+    wide = LongTextPipeline.from_pretrained(folder, dtype=torch.float32)
+    torch.nn.Module.to(module, torch.float32)
+    exact = module.generate(PROMPTS, [0, 1, 2], 7)
+    assert (wide.generate(PROMPTS, [0, 1, 2], 7) - exact).abs().max() <= 1e-5
+    assert (exported - run).abs().max() <= 0.06
+    assert (exported - run).abs().mean() <= min(5e-3, 2 * (run - exact).abs().mean())
+
+
 def test_merging_adds_up_times_down_and_leaves_the_network_alone(exported):
     module, _ = exported
     before = {name: tensor.clone() for name, tensor in module.unet.state_dict().items()}
@@ -203,14 +239,18 @@ def test_every_text_setting_survives(tmp_path):
         kind="truncated", context="clip+t5", segmenter=WindowSegmenter(30), token_budget=7,
         policy=SpecialTokenPolicy(start="first", end="keep", pad="eos", num_pad_positions=3),
         long_segments="truncate", over_budget="proportional", mask_padding=True,
-        cache_megabytes=3, pooled="first", t5=T5Branch(), feature_store="somewhere",
+        cache_megabytes=3, pooled="first", t5=T5Branch(),
     )  # fmt: skip
+    places = [field.name for field in dataclasses.fields(text) if field.type == str | None]
+    assert "feature_store_2" in places
+    text = dataclasses.replace(text, **dict.fromkeys(places, "somewhere"))
     SegmentEncoding.describe(text).save_pretrained(tmp_path)
     found = SegmentEncoding.from_pretrained(tmp_path).encoding()
     assert isinstance(found.segmenter, WindowSegmenter)
     assert found.segmenter.num_tokens == 30
     # What was read from elsewhere lies in the folder itself.
-    expected = dataclasses.replace(text, segmenter=found.segmenter, t5=None, feature_store=None)
+    nowhere = dict.fromkeys(places)
+    expected = dataclasses.replace(text, segmenter=found.segmenter, t5=None, **nowhere)
     assert found == expected
     (tmp_path / "config.json").write_text('{"colour": "red"}')
     with pytest.raises(DataError, match="settings of a text encoding; got"):
@@ -247,6 +287,14 @@ def test_a_damaged_file_is_named(exported, tmp_path):
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(DataError, match=r"`unet/diffusion_pytorch_model\.safetensors` differs"):
+        check_files(folder)
+    weights.unlink()
+    with pytest.raises(DataError, match=r"`unet/diffusion_pytorch_model\.safetensors` is missing"):
+        check_files(folder)
+    shutil.copy(exported[1] / "unet" / weights.name, weights)
+    check_files(folder)
+    (folder / "unet" / f"{weights.name}.index.json").write_text("{}")  # diffusers reads it first
+    with pytest.raises(DataError, match=r"safetensors\.index\.json` was added"):
         check_files(folder)
 
 

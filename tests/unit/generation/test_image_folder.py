@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from segalign.errors import ConfigError
-from segalign.generation.image_folder import ImageFolder, ImageJob, ImageSettings, clear_images
+from segalign.errors import ConfigError, StorageError
+from segalign.generation.contact_sheet import render_sheet
+from segalign.generation.image_folder import ImageFolder, ImageJob, ImageSettings
+from segalign.generation.own_files import SHEET_FILE, clear_images, lock_folder
 from segalign.generation.prompts import Prompt
 
 SETTINGS = ImageSettings(
@@ -52,10 +54,14 @@ def test_finished_images_are_kept_and_others_missing(tmp_path):
     folder.write(job(seed=1), IMAGE)
     half = tmp_path / "00000012-s1.png"
     half.write_bytes(half.read_bytes()[:-20])  # damaged by somebody else
-    (tmp_path / ".00000012-s2.png.tmp-0123").write_bytes(b"left by a killed command")
+    left = (".00000012-s2.png.tmp-0123456789ab", ".index.html.tmp-0123456789ab",
+            ".images.jsonl.tmp-0123456789ab", f".tmp-probe-{'0' * 32}")  # fmt: skip
+    mine = (".notes.tmp-0123456789ab", ".00000012-s2.png.tmp-0123", ".x.replaced-0123456789ab")
+    for name in (*left, *mine):
+        (tmp_path / name).write_bytes(b"left by a killed command, or the user's")
     folder = ImageFolder(tmp_path, SETTINGS)
     assert [each.seed for each in folder.missing([job(seed=s) for s in range(3)])] == [1, 2]
-    assert not list(tmp_path.glob(".*"))
+    assert {path.name for path in tmp_path.glob(".*")} == set(mine)
 
 
 @pytest.mark.parametrize(
@@ -99,10 +105,44 @@ def test_records_keep_those_of_earlier_commands(tmp_path):
     assert records[0]["guidance"] == 2.5
 
 
+FOREIGN = {
+    "index.html": b"<!doctype html><title>My page</title>",
+    "images.jsonl": b'{"file": "cat.png", "prompt": "A cat."}\n',
+    "00000012-s0.png": b"",  # an image of another program: see below
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_other_origin_are_refused_and_kept(tmp_path, name):
+    ImageFolder(tmp_path, SETTINGS).write(job(3), IMAGE)
+    (tmp_path / name).write_bytes(FOREIGN[name])
+    if name.endswith(".png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for use in (clear_images, lambda path: ImageFolder(path, SETTINGS)):
+        with pytest.raises(ConfigError, match=rf"{name}` to be missing or made by .* Move it"):
+            use(tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_is_worked_in_by_one_command(tmp_path):
+    with lock_folder(tmp_path / "out"):
+        with (
+            pytest.raises(StorageError, match=r"another `main\.py generate` is at work in it"),
+            lock_folder(tmp_path / "out"),
+        ):
+            pass
+        with lock_folder(tmp_path / "other"):
+            pass
+    with lock_folder(tmp_path / "out"):
+        pass
+
+
 def test_clearing_leaves_foreign_files_alone(tmp_path):
     folder = ImageFolder(tmp_path, SETTINGS)
     folder.write(job(), IMAGE)
     folder.write_records([job()])
+    (tmp_path / SHEET_FILE).write_text(render_sheet([], {}, "a page of ours"))
     (tmp_path / "mine.png").write_bytes(b"mine")
     clear_images(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]

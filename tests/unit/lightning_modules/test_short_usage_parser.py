@@ -80,3 +80,17 @@ def test_link_targets_are_remembered():
     parser.add_argument("--source", type=int)
     parser.link_arguments("source", "trainer.max_steps")
     assert parser.link_targets == ["trainer.max_steps"]
+
+
+def test_a_short_name_where_a_class_belongs_is_explained():
+    message = """Parser key "text.segmenter":
+  - Expected a path but sentence either not accessible or invalid
+  - Does not validate against any of the Union subtypes
+  Subtypes: [<class 'segalign.text.segmenter.Segmenter'>, <class 'NoneType'>]
+  Errors:
+    - Expected a dot import path string: sentence
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'str'>
+  Given value: sentence"""
+    expected = "expected a class path `package.module.Class`, or settings; got `sentence`"
+    assert summarise(message) == f"`text.segmenter`: {expected}"

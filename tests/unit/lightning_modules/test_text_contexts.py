@@ -138,3 +138,16 @@ def test_the_cache_of_t5_can_be_off():
     made = module(context="t5", t5=branch)
     made.conditioner(CAPTIONS)
     assert made.text_models.t5.cached_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"rank": 0}, r"expected `lora\.rank` of at least 1; got 0"),
+        ({"target_modules": "nothing"}, r"expected `lora\.target_modules` that match modules"),
+    ],
+    ids=str,
+)
+def test_lora_that_cannot_be_is_refused(lora, message):
+    with pytest.raises(ConfigError, match=message):
+        stable_diffusion("float32", LoraSettings(**lora))

@@ -257,7 +257,10 @@ def test_other_tensors_are_refused(saved, change, message, pickled):
     assert one_line(error)
 
 
-@pytest.mark.parametrize("content", [[torch.zeros(2)], {"a": 1}, {1: torch.zeros(2)}])
+@pytest.mark.parametrize(
+    "content",
+    [[torch.zeros(2)], {"a": 1}, {1: torch.zeros(2)}, {"a": torch.zeros(2, device="meta")}],
+)
 def test_pickles_of_other_things_are_refused(saved, content):
     (saved / WEIGHTS).unlink()
     torch.save(content, saved / PICKLE)

@@ -2,6 +2,9 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.initialization import no_init_weights
 
 from segalign.errors import ConfigError
 from segalign.text.clip_tower import ClipTower
@@ -61,6 +64,37 @@ def test_features_are_the_same_to_the_last_bit_in_every_batch(
         torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def wide_model():
+    """One layer of CLIP-L's width: there kernels of 3, 5 or 6 rows sum in another order."""
+    config = CLIPTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        vocab_size=49408,
+        bos_token_id=49406,
+        eos_token_id=49407,
+    )
+    with no_init_weights():
+        model = CLIPTextModel(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, weight in model.named_parameters():
+            weight.data = torch.randn(64, 768).repeat(772, 1) if "token" in name else weight.data
+            if "token" not in name:
+                weight.data.normal_(std=0.05)
+    return model.eval().requires_grad_(False)
+
+
+def test_short_sequences_are_the_same_to_the_last_bit_at_full_width(make_tower, wide_model):
+    tower = make_tower(wide_model, cache_bytes=0)
+    many = sequences(tower, ["", "cat", "dog", *("cat " * n + f"dog {n}" for n in range(1, 9))])
+    together = tower(many)
+    for sequence in many:
+        assert torch.equal(together[sequence], tower([sequence])[sequence])
+
+
 @pytest.mark.parametrize("cache_bytes", [0, 2**20])
 @pytest.mark.parametrize("layer", [-1, -2, -3])
 def test_layers_and_pooled_features_are_the_models_own(
@@ -85,6 +119,20 @@ def test_the_end_token_is_the_first_one_of_a_padded_sequence(make_tower):
     torch.testing.assert_close(
         pooled_of(features, plain), pooled_of(features, padded), rtol=0, atol=5e-6
     )
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_an_offloaded_model_is_called_as_a_whole(make_tower, projecting_model, layer):
+    plain = make_tower(copy.deepcopy(projecting_model), layer=layer)
+    tower = make_tower(projecting_model, layer=layer)
+    expected = plain(sequences(plain))
+    cpu_offload(projecting_model, execution_device=torch.device("cpu"))
+    assert projecting_model.text_projection.weight.is_meta
+    shapes = count_passes(tower)
+    features = tower(sequences(tower))
+    assert len(shapes) > 0
+    assert torch.equal(features.rows, expected.rows)
+    assert torch.equal(features.pooled, expected.pooled)
 
 
 def test_no_hook_stays_on_the_model(make_tower, projecting_model):
@@ -155,7 +203,7 @@ def test_cache_memory_is_bounded(make_tower):
         assert torch.equal(tower([sequence])[sequence], plain([sequence])[sequence])
         assert tower.cached_bytes <= bound
     assert tower.cached_bytes > bound // 2
-    entries = (features for features, _ in tower._features._entries.values())
+    entries = (features for features, _ in tower._features._cache._entries.values())
     held = sum(tensor.untyped_storage().nbytes() for pair in entries for tensor in pair)
     assert held == tower.cached_bytes  # no view keeps a whole pass alive
 
@@ -199,6 +247,13 @@ def test_a_cast_invalidates_the_cache(make_tower):
     tower = make_tower()
     features_of(tower)
     assert features_of(tower.double()).dtype == torch.float64
+
+
+def test_a_cast_of_the_model_alone_invalidates_the_cache(make_tower):
+    tower = make_tower()
+    features_of(tower)
+    tower.text_model.double()
+    assert features_of(tower).dtype == torch.float64
 
 
 def test_autocast_has_its_own_entries(make_tower):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from accelerate import cpu_offload
 from safetensors import safe_open
 
 from segalign.data.caption_stream import CaptionStream
@@ -255,6 +256,29 @@ def test_a_cast_does_not_hide_a_change_of_weights(write, make_text_model, tokeni
     encoder.tower.text_model.load_state_dict(make_text_model(seed=1).state_dict())
     with pytest.raises(ConfigError, match="other weights"):
         encoder.to(torch.bfloat16)
+
+
+def test_weights_that_are_not_there_are_refused(write, make_text_model, tokenizer, tmp_path):
+    write()
+    store = FeatureStore.open(tmp_path / "store")
+    model = cpu_offload(make_text_model(), execution_device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="these are offloaded layer by layer") as refusal:
+        SegmentEncoder(model, tokenizer, store=store)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_store_without_a_recorded_precision_is_of_float32(
+    write, make_text_model, tokenizer, tmp_path
+):
+    write()
+    path = tmp_path / "store" / "store.json"
+    description = json.loads(path.read_text())
+    assert description.pop("weights_dtype") == "float32"
+    path.write_text(json.dumps(description))
+    store = FeatureStore.open(tmp_path / "store")
+    SegmentEncoder(make_text_model(), tokenizer, store=store)
+    with pytest.raises(ConfigError, match="weights in float32, the model's are in bfloat16"):
+        SegmentEncoder(make_text_model().bfloat16(), tokenizer, store=store)
 
 
 def test_a_trained_model_is_refused(write, make_text_model, tokenizer, tmp_path):

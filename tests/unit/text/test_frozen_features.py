@@ -1,8 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from segalign.text.frozen_features import FrozenFeatures
+from segalign.text.frozen_features import FrozenFeatures, execution_device
 
 
 @pytest.fixture
@@ -75,3 +77,52 @@ def test_another_or_changed_model_forgets(model, calls, encode):
     kept.encode(model, ["a"], encode, dropout=0.0)
     kept.encode(nn.Linear(1, 4).requires_grad_(False), ["a"], encode, dropout=0.0)
     assert calls == [["a"]] * 3
+
+
+def test_casts_of_the_model_are_noticed(model, calls, encode):
+    kept = FrozenFeatures(2**20)
+    kept.encode(model, ["a"], encode, dropout=0.0)
+    model.bfloat16()
+    kept.encode(model, ["a"], lambda keys: [torch.ones(4)], dropout=0.0)
+    assert torch.equal(kept.encode(model, ["a"], encode, dropout=0.0)[0], torch.ones(4))
+
+
+def test_another_device_is_noticed(model, calls, encode):
+    kept = FrozenFeatures(2**20)
+    kept.encode(model, ["a"], encode, dropout=0.0)
+    model._hf_hook = SimpleNamespace(execution_device="cuda")  # as offloading to the CPU leaves it
+    assert execution_device(model) == torch.device("cuda")
+    moved = kept.encode(model, ["a"], lambda keys: [torch.ones(4)], dropout=0.0)
+    assert torch.equal(moved[0], torch.ones(4))
+
+
+def test_pairs_are_kept_with_the_bytes_of_both(model):
+    kept, states = FrozenFeatures(2**20), torch.zeros(3, 4)
+    pairs = kept.encode(model, ["a"], lambda keys: [(states[:2], states[2])], dropout=0.0)
+    assert kept.num_bytes == 3 * 16
+    assert sum(tensor.untyped_storage().nbytes() for tensor in pairs[0]) == 3 * 16
+    assert kept.encode(model, ["a"], lambda keys: 1 / 0, dropout=0.0)[0] is pairs[0]
+
+
+@pytest.mark.parametrize("max_bytes", [0, 2**20])
+def test_what_is_found_elsewhere_is_not_encoded(model, calls, encode, max_bytes):
+    kept, asked = FrozenFeatures(max_bytes), []
+
+    def look_up(key):
+        asked.append(key)
+        return torch.ones(4) if key == "a" else None
+
+    for _ in range(2):
+        found = kept.encode(model, ["a", "bb"], encode, dropout=0.0, look_up=look_up)
+        assert torch.equal(found[0], torch.ones(4))
+    kept_none = max_bytes == 0
+    assert calls == [["bb"]] * (2 if kept_none else 1)
+    assert asked == ["a", "bb"] * (2 if kept_none else 1)
+
+
+def test_what_is_found_elsewhere_is_not_used_where_another_pass_would_differ(model, encode):
+    model.requires_grad_(True)
+    features = FrozenFeatures(0).encode(
+        model, ["a"], encode, dropout=0.0, look_up=lambda key: pytest.fail("asked")
+    )
+    assert features[0].requires_grad

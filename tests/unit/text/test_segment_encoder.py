@@ -164,7 +164,7 @@ def test_segments_behind_the_budget_are_not_encoded(make_encoder):
     encoder = make_encoder(token_budget=8)
     encoder(["A cat. A dog. A fox."])
     fox = encoder.tower.wrap(encoder.tower.word_ids("A fox."))
-    keys = {ids for ids, _ in encoder.tower._features._entries}
+    keys = {ids for ids, _ in encoder.tower._features._cache._entries}
     assert encoder.tower.wrap(encoder.tower.word_ids("A dog.")) in keys
     assert fox not in keys
 

@@ -1,7 +1,9 @@
 import copy
+import weakref
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from toy_t5 import toy_adapter, toy_t5, toy_t5_tokenizer
 from transformers import ByT5Tokenizer
 
@@ -154,6 +156,33 @@ def test_cache_is_bounded(make_encoder):
     encoder = make_encoder(cache_bytes=3 * one_caption)
     encoder([f"number {i}" for i in range(10)])
     assert encoder.cached_bytes == 3 * one_caption
+
+
+def test_without_a_cache_nothing_is_kept(make_encoder):
+    encoder = make_encoder(cache_bytes=0)
+    sizes, outputs = count_passes(encoder), []
+    encoder.model.register_forward_hook(
+        lambda *args: outputs.append(weakref.ref(args[-1].last_hidden_state))
+    )
+    for _ in range(2):
+        encoder(CAPTIONS)
+    assert sizes == [4, 4]
+    assert encoder.cached_bytes == 0
+    assert [output() for output in outputs] == [None, None]
+
+
+def test_a_cast_or_move_of_the_model_alone_empties_the_cache(make_encoder):
+    encoder = make_encoder()
+    encoder(CAPTIONS)
+    encoder.model.double()
+    assert encoder(CAPTIONS).prompt_embeds.dtype == torch.float64
+
+
+def test_an_offloaded_model_is_read_where_it_computes(make_encoder):
+    plain, encoder = make_encoder(), make_encoder()
+    cpu_offload(encoder.model, execution_device=torch.device("cpu"))
+    assert encoder.model.shared.weight.is_meta
+    assert torch.equal(encoder(CAPTIONS).prompt_embeds, plain(CAPTIONS).prompt_embeds)
 
 
 def test_captions_that_differ_beyond_the_budget_share_features(make_encoder):
