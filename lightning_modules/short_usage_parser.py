@@ -2,7 +2,6 @@
 
 import difflib
 import re
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,18 +10,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from lightning_modules.config_checks import locate_key
+from segalign.commands.parsing import summarise
 from segalign.errors import ConfigError
 
-# Lines of jsonargparse's explanations that say nothing about the user's mistake.
-_NOISE = re.compile(
-    r"(- )?(Does not validate against any of the Union subtypes|Subtypes: |Errors:"
-    r"|Expected a <class 'NoneType'>|Expected a path but .* either not accessible"
-    r"|Expected a dot import path string|Given value type: |Given value: (NestedArg|\{))"
-)
-_CLASS_WANTED = "Expected a dot import path string"
-_KEY = re.compile(r"Parser key \"([^\"]*)\":")
-_SEE = re.compile(r"\s*\(see `[^`]*`\)")
-_DENIED = re.compile(r"Importing '([^']*)' is not allowed, denied by the '([^']*)' entry .*")
 _UNKNOWN = re.compile(r"unrecognized arguments: --(\S+)|not accept option '([^']*)'")
 
 
@@ -88,31 +78,3 @@ def unknown_key(message: str) -> str | None:
     if unknown is None:
         return None
     return str(unknown.group(1) or unknown.group(2)).partition("=")[0]
-
-
-def summarise(message: str) -> str:
-    """Reduce jsonargparse's nested explanation to one line about the mistake itself."""
-    parts: list[str] = []
-    for line in message.splitlines():
-        text = _SEE.sub("", line.strip())
-        if not text or _NOISE.match(text):
-            continue
-        text = _KEY.sub(r"`\1`:", text.removeprefix("- "))
-        text = _DENIED.sub(_explain_denied, text)
-        given = text.removeprefix("Given value: ")
-        if given != text and _CLASS_WANTED in message:
-            text = f"expected a class path `package.module.Class`, or settings; got `{given}`"
-        if not any(given in part for part in parts):
-            parts.append(text)
-    return " ".join(part if part.endswith((":", ";")) else f"{part};" for part in parts).rstrip(";")
-
-
-def _explain_denied(denied: re.Match[str]) -> str:
-    path, entry = denied.groups()
-    package = path.partition(".")[0]
-    if entry.partition(".")[0] in sys.stdlib_module_names:
-        return f"configs may not name `{path}`, which could run any code"
-    return (
-        f"configs may not name `{path}`. If you trust the package, "
-        f"add `--allow_import {package}` to the command line"
-    )

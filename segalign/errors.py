@@ -30,6 +30,6 @@ class StorageError(SegalignError, OSError):
 
 
 class NonFiniteError(SegalignError, ArithmeticError):
-    """Training stopped because losses or gradients stayed non-finite (exit code 70)."""
+    """Losses, gradients or images were not finite (exit code 70)."""
 
     exit_code = 70

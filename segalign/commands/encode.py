@@ -1,7 +1,7 @@
 """``shards encode``: keep the features of a frozen text model on disk."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
@@ -30,7 +30,7 @@ def encode_parser() -> ArgumentParser:
         required=True,
         help="text-to-image model: local diffusers folder, hub id `owner/name`, or `scenes`",
     )
-    parser.add_argument("--tower", choices=[1, 2], type=int, default=1, help="2: SDXL's second")
+    parser.add_argument("--tower", type=Literal[1, 2], default=1, help="2: SDXL's second")
     parser.add_argument(
         "--layer", type=int, default=-1, help="-1: after the final norm; SDXL reads -2"
     )

@@ -8,7 +8,7 @@ import main
     [
         ([], "error: expected a sub-command of `main.py scenes`, one of pack-base; got none"),
         (["nonsense"], "error: argument subcommand: invalid choice: 'nonsense'"),
-        (["pack-base"], "error: the following arguments are required: pack-base.scorer"),
+        (["pack-base"], "error: the following arguments are required: scorer"),
         (["pack-base", "--scorer=a", "--generator=b", "--typo=c"], "error: unrecognized arguments"),
     ],
 )

@@ -68,7 +68,7 @@ def test_defects_end_with_65(tmp_path, capsys):
     ("argv", "code", "message"),
     [
         (["pack", "scenes", "OUT", "--world", "9x9"], 78, "error: expected a world among"),
-        (["pack", "scenes", "OUT", "--count", "0"], 78, "error: Parser key"),
+        (["pack", "scenes", "OUT", "--count", "0"], 78, "error: `count`: Not of type PositiveInt"),
         (["pack", "scenes", "OUT", "--typo", "0"], 78, "error: unrecognized arguments: --typo"),
         (["pack", "folder", "NOWHERE", "OUT"], 65, "error: a folder of images was expected;"),
         (["pack", "scenes", "FILE/x"], 75, "error: expected to be able to write"),

@@ -1,7 +1,8 @@
 import pytest
 from jsonargparse import ArgumentParser
 
-from lightning_modules.short_usage_parser import ShortUsageParser, summarise, unknown_key
+from lightning_modules.short_usage_parser import ShortUsageParser, unknown_key
+from segalign.commands.parsing import summarise
 from segalign.errors import ConfigError
 
 
