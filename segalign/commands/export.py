@@ -1,6 +1,6 @@
 """``main.py export``: a run's weights in the formats of others."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from segalign.errors import ConfigError
 if TYPE_CHECKING:
     from segalign.diffusion.model_card import ModelCard
     from segalign.generation.opening import RunLoader
+    from segalign.text.settings import TextEncoding
 
 _FORMATS = ("diffusers", "lora", "official-lora")
 
@@ -157,21 +158,42 @@ def _base_of_lora(base: object) -> str:
 def _card(module: Any, checkpoint: Path, weights: str) -> "ModelCard":
     """Collect what is known of a run."""
     from segalign.diffusion.model_card import ModelCard
-    from segalign.diffusion.pipeline_parts import SegmentEncoding
     from segalign.run_directory import META_FILE, file_digest, stored_step
     from segalign.trainable import trainable_parameters
 
-    trained = trainable_parameters(module)
-    count = sum(parameter.numel() for parameter in trained.values())
-    is_lora = any(".lora_" in name for name in trained)
+    weights_of = trainable_parameters(module)
     return ModelCard(
         base=repr(module.base),
-        trained=f"{'LoRA, ' if is_lora else ''}{count:,} parameters",
+        trained=_trained_parts({name: p.numel() for name, p in weights_of.items()}),
         checkpoint=file_digest(checkpoint / META_FILE),
         step=stored_step(checkpoint),
         weights=weights,
-        settings={
-            "Text": repr(SegmentEncoding.describe(module.text)),
-            "Sampler": repr(module.sampler),
-        },
+        settings={**_text_facts(module.text), "Sampler": repr(module.sampler)},
     )
+
+
+def _trained_parts(counts: Mapping[str, int]) -> str:
+    """Sum trained parameters by part, given their numbers by name."""
+    sums: dict[str, int] = {}
+    for name, count in counts.items():
+        part = "LoRA" if ".lora_" in name else "T5 adapter" if ".adapter." in name else "networks"
+        sums[part] = sums.get(part, 0) + count
+    return ", ".join(f"{part} ({count:,} parameters)" for part, count in sums.items())
+
+
+def _text_facts(text: "TextEncoding") -> dict[str, str]:
+    """Describe in words how captions are encoded."""
+    from segalign.text.segmenter import SentenceSegmenter
+    from segalign.text.segmenters import describe_segmenter
+
+    facts: dict[str, str] = {"Context": text.context}
+    if text.context != "t5" and text.kind == "segments":
+        segmenter = describe_segmenter(text.segmenter or SentenceSegmenter())
+        policy = text.policy
+        facts["CLIP reads"] = f"segments ({segmenter['name']}), {text.token_budget} tokens in all"
+        facts["Special tokens"] = f"start {policy.start}, end {policy.end}, padding {policy.pad}"
+    elif text.context != "t5":
+        facts["CLIP reads"] = "the caption, cut at its context"
+    if text.context != "clip" and text.t5 is not None:
+        facts["T5"] = f"{text.t5.model}, {text.t5.token_budget} tokens, with its adapter"
+    return facts

@@ -209,8 +209,8 @@ def _count_rows(file: Path, required: Sequence[str]) -> list[int]:
     missing = [name for name in required if name not in names]
     if missing:
         raise DataError(
-            f"`{file}` must have the columns {', '.join(required)}; it lacks "
-            f"{', '.join(missing)}; choose other files or rename the columns"
+            f"`{file}` must have the columns {', '.join(required)}; it has "
+            f"{', '.join(sorted(names)[:10])}; choose other files or rename the columns"
         )
     return counts
 

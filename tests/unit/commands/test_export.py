@@ -67,6 +67,9 @@ def test_the_official_list_and_the_adapter_beside_it(place, tmp_path):
     text = (tmp_path / "out" / "README.md").read_text()
     assert "moving average" in text
     assert "`adapter/`" in text
+    num_lora = sum(up.numel() + down.numel() for up, down in expected.values())
+    assert f"LoRA ({num_lora:,} parameters), T5 adapter (" in text
+    assert "- Special tokens: start keep, end drop, padding pad_star" in text
 
 
 def test_trained_weights_are_not_dropped_silently(place, tmp_path):

@@ -204,7 +204,7 @@ def cut(path):
         ),
         (lambda place: place.mkdir(), "a Parquet file, a folder of them or a pattern was expect"),
         (lambda place: place.write_bytes(b"x" * 99), "a sound Parquet file was expected at `IN`;"),
-        (lambda place: write(place, text=["a"]), "`IN` must have the columns caption; it lacks ca"),
+        (lambda place: write(place, text=["a"]), "`IN` must have the columns caption; it has text"),
         (lambda place: write(place, caption=pa.array([], pa.string())), "`IN` must hold rows with"),
         (lambda place: (numbered(place, 999), cut(place)), "a sound Parquet file was expected at "),
     ],
@@ -219,7 +219,7 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, prepare, message):
 
 def test_an_image_root_needs_the_column_of_paths(tmp_path):
     file = write(tmp_path / "x.parquet", caption=["a"])
-    with pytest.raises(DataError, match=r"must have the columns caption, path; it lacks path;"):
+    with pytest.raises(DataError, match=r"must have the columns caption, path; it has caption"):
         ParquetSource(file, image_root=tmp_path)
     with pytest.raises(DataError, match=r"the image root must be a folder; `.*no` is none"):
         ParquetSource(file, image_root=tmp_path / "no")
