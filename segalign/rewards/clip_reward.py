@@ -1,0 +1,161 @@
+"""CLIP-type rewards: CLIP-H, PickScore, HPSv2, Denscore and any other CLIP, one class.
+
+Dims: B batch, N segments in the batch, E joint-embedding width.
+
+Reference: arXiv 2410.11817 (segment-level score, reweighting).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPModel
+
+from segalign.errors import DataError
+from segalign.formats.clip_scorer import ClipScorer, load_clip_scorer
+from segalign.rewards.common_direction import CommonDirection
+from segalign.rewards.decomposition import common_share, reweight, text_irrelevant
+from segalign.rewards.image_preprocessing import ImagePreprocessing, ResizeFilter
+from segalign.text.clip_tower import ClipTower
+from segalign.text.long_segments import cut_segment
+from segalign.text.segmenter import Segmenter
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreParts:
+    """A batch's scores and what they are made of; the sum of the first two is the plain score.
+
+    Attributes:
+        text_relevant: ``(B,)``.
+        text_irrelevant: ``(B,)``.
+        common_share: Projection of the text features on the common direction, ``(B,)``.
+        segment_scores: Score of each segment alone, by caption.
+    """
+
+    text_relevant: Tensor
+    text_irrelevant: Tensor
+    common_share: Tensor
+    segment_scores: list[Tensor]
+
+
+class ClipReward(nn.Module):
+    """Score images against captions with a CLIP model, whole or segment by segment.
+
+    The score is the inner product of the unit image features and the text features: those of the
+    caption, cut at the context, or the mean of its segments' unit features. That mean is the mean
+    of the segments' scores; it is shorter than 1 where segments differ.
+
+    Args:
+        scorer: Model, tokenizer and image settings; the model is frozen.
+        segmenter: Splits captions; None scores them whole.
+        renormalize: Scale the mean of segments to length 1 again.
+        common_direction: Estimate of V; None leaves scores as they are.
+        omega: Factor of the text-irrelevant part, in [0, 1].
+        resize: See ``ImagePreprocessing``.
+        crop: See ``ImagePreprocessing``.
+        seed: Seed of the crop.
+        cache_bytes: Bound on the memory of cached text features.
+    """
+
+    def __init__(
+        self,
+        scorer: ClipScorer,
+        *,
+        segmenter: Segmenter | None = None,
+        renormalize: bool = False,
+        common_direction: CommonDirection | None = None,
+        omega: float = 1.0,
+        resize: ResizeFilter = "bicubic",
+        crop: int | None = None,
+        seed: int = 0,
+        cache_bytes: int = 64 * 2**20,
+    ) -> None:
+        super().__init__()
+        self.model: CLIPModel = scorer.model.requires_grad_(False)
+        nn.Module.eval(self.model)
+        text_model = self.model.text_model
+        self.tower = ClipTower(text_model, scorer.tokenizer, cache_bytes=cache_bytes)
+        self.segmenter = segmenter
+        self.renormalize = renormalize
+        self.common_direction = common_direction
+        self.omega = omega
+        self.preprocessing = ImagePreprocessing(
+            scorer.image_settings, resize=resize, crop=crop, seed=seed
+        )
+
+    @classmethod
+    def from_pretrained(cls, source: str, **settings: object) -> "ClipReward":
+        """Read the model from a folder or the hub; ``settings`` are those of the constructor."""
+        return cls(load_clip_scorer(source), **settings)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Score each image against its own caption: see ``Reward``."""
+        text_features = self.text_features(captions)
+        if self.common_direction is not None:
+            direction = self.common_direction(text_features)
+            text_features = reweight(text_features, direction, self.omega)
+        return (self.image_features(images) * text_features).sum(dim=-1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Encode images in [0, 1] to unit vectors ``(B, E)``; differentiable in the images."""
+        pixels = self.preprocessing(images).to(self.model.dtype)
+        states = self.model.vision_model(pixel_values=pixels).pooler_output
+        features: Tensor = self.model.visual_projection(states)
+        return F.normalize(features.to(images.dtype), dim=-1)
+
+    def text_features(self, captions: Sequence[str]) -> Tensor:
+        """Encode captions to ``(B, E)``: unit vectors, or means of segments' unit vectors."""
+        segments = self.segment_features(captions)
+        means = torch.stack([features.mean(dim=0) for features in segments])
+        return F.normalize(means, dim=-1) if self.renormalize else means
+
+    def segment_features(self, captions: Sequence[str]) -> list[Tensor]:
+        """Encode each caption's segments, over-long ones cut, to unit vectors ``(n, E)``.
+
+        Without a segmenter a caption is one segment, of which the context's worth is read. There
+        is no gradient.
+
+        Raises:
+            DataError: If the model gives features that are not finite.
+        """
+        split = [self.split(caption) for caption in captions]
+        with torch.no_grad():
+            states = self.tower.end_states([text for texts in split for text in texts])
+            features = F.normalize(self.model.text_projection(states).float(), dim=-1)
+        if not torch.isfinite(features).all():
+            raise DataError(
+                "expected finite text features of the scorer; got NaN; check its weights and dtype"
+            )
+        return list(torch.split(features, [len(texts) for texts in split]))
+
+    def split(self, caption: str) -> list[str]:
+        """Split a caption into the texts that are scored."""
+        if self.segmenter is None:
+            return [caption]
+        return [
+            piece.text
+            for segment in self.segmenter.split(caption)
+            for piece in cut_segment(
+                segment, self.tower.max_word_tokens, self.tower.count_word_tokens
+            )
+        ]
+
+    def score_parts(self, images: Tensor, captions: Sequence[str]) -> ScoreParts:
+        """Score images and take the scores apart, for logs and reports; no gradient.
+
+        Raises:
+            ValueError: If there is no common direction.
+        """
+        if self.common_direction is None:
+            raise ValueError("expected a common direction; the reward has none; give it one")
+        with torch.no_grad():
+            image_features = self.image_features(images)
+            segments = self.segment_features(captions)
+            text = self.text_features(captions)
+            direction = self.common_direction(text)
+            plain = (image_features * text).sum(dim=-1)
+            along = (image_features * text_irrelevant(text, direction)).sum(dim=-1)
+            scores = [part @ image for part, image in zip(segments, image_features, strict=True)]
+        return ScoreParts(plain - along, along, common_share(text, direction), scores)
