@@ -1,0 +1,73 @@
+"""Weighted sums of rewards."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from segalign.errors import ConfigError, DataError
+from segalign.rewards.protocol import Reward
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedReward:
+    """A reward's part in a mixture.
+
+    Attributes:
+        reward: The reward.
+        weight: Its factor, finite; negative to punish.
+    """
+
+    reward: Reward
+    weight: float = 1.0
+
+
+class RewardMixture(nn.Module):
+    """The weighted sum of several rewards, each of which is reported too.
+
+    Args:
+        parts: The rewards by name.
+
+    Raises:
+        ConfigError: If there is none, or a weight is not finite.
+    """
+
+    def __init__(self, parts: Mapping[str, WeightedReward]) -> None:
+        super().__init__()
+        if not parts:
+            raise ConfigError("expected at least one reward in a mixture; got none; name one")
+        for name, part in parts.items():
+            if not torch.isfinite(torch.tensor(part.weight)):
+                raise ConfigError(
+                    f"expected a finite weight of the reward `{name}`; got {part.weight}; change it"
+                )
+        self.weights = {name: part.weight for name, part in parts.items()}
+        self.rewards = {name: part.reward for name, part in parts.items()}
+        # Registered, so that moves and modes reach the networks.
+        networks = {n: r for n, r in self.rewards.items() if isinstance(r, nn.Module)}
+        self.networks = nn.ModuleDict(networks)
+
+    def forward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Score images: see ``Reward``."""
+        return self.combine(self.score_each(images, captions))
+
+    def score_each(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Score images by every reward alone, unweighted, ``(B,)`` each.
+
+        Raises:
+            DataError: If a reward gives another number of scores.
+        """
+        scores = {}
+        for name, reward in self.rewards.items():
+            scores[name] = reward(images, captions)
+            if scores[name].shape != (len(captions),):
+                raise DataError(
+                    f"expected {len(captions)} scores of the reward `{name}`; got shape "
+                    f"{tuple(scores[name].shape)}; return one score for each image"
+                )
+        return scores
+
+    def combine(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """Sum scores by name with the weights, ``(B,)``."""
+        return torch.stack([weight * scores[name] for name, weight in self.weights.items()]).sum(0)
