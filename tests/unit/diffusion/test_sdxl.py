@@ -1,5 +1,7 @@
 """SDXL's two towers, pooled text and image sizes: the picture of diffusers' own pipeline."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -7,6 +9,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from segalign.diffusion.generator import TextToImage
 from segalign.diffusion.latents import VAECodec
+from segalign.diffusion.long_text_pipeline import LongTextPipeline
+from segalign.diffusion.model_card import ModelCard
+from segalign.diffusion.pipeline_folder import save_pipeline_folder
 from segalign.diffusion.sampler import DDIMSampler
 from segalign.diffusion.schedule import NoiseSchedule
 from segalign.errors import ConfigError
@@ -103,3 +108,25 @@ def test_a_context_without_pooled_features_is_refused(pipeline):
     model = generator(pipeline, text)
     with pytest.raises(ConfigError, match="expected pooled text features for this network"):
         model.sample(CAPTIONS, torch.zeros(2, 4, 8, 8), DDIMSampler(num_inference_steps=1))
+
+
+def test_an_exported_folder_makes_the_same_pictures(pipeline, tmp_path):
+    text = TextEncoding(token_budget=100)
+    made = generator(pipeline, text)
+    models = TextModels(
+        text_model=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+        text_model_2=pipeline.text_encoder_2,
+        tokenizer_2=pipeline.tokenizer_2,
+    )
+    sampler = DDIMSampler(num_inference_steps=2, guidance_scale=3.0)
+    model = SimpleNamespace(generator=made, text=text, text_models=models, sampler=sampler)
+    card = ModelCard(
+        base="tiny", trained="nothing", checkpoint="0", step=None, weights="raw", settings={}
+    )
+    save_pipeline_folder(model, tmp_path / "out", card)
+    loaded = LongTextPipeline.from_pretrained(tmp_path / "out")
+    captions = ["A red fox sits on a wall. It is night.", "Two owls."]
+    images = loaded.generate(captions, [0, 1], eval_seed=5)
+    expected = made.sample(captions, made.noise([0, 1], 5), sampler)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
