@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from segalign.commands.parsing import parse_options
+from segalign.commands.parsing import add_run_options, parse_options
 from segalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,14 +53,7 @@ def build_parser() -> ArgumentParser:
         "pipe.load_lora_weights takes; official-lora: the list file of LongSD",
     )
     add("--out", type=str, required=True, help="new folder")
-    add("--weights", choices=["raw", "ema"], help="default: the moving average if there is one")
-    add(
-        "--allow_import",
-        type=str,
-        action="append",
-        default=[],
-        help="package whose classes the run's config may name too",
-    )
+    add_run_options(parser)
     return parser
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from segalign.commands.parsing import parse_options
+from segalign.commands.parsing import add_run_options, parse_options
 from segalign.errors import ConfigError, DataError, NonFiniteError
 from segalign.generation.prompts import SEEDS, BadLine, Prompt, number_texts, read_prompts
 
@@ -81,17 +81,10 @@ def build_parser() -> ArgumentParser:
         help="factor of classifier-free guidance, 1 is off; default: that of the run",
     )
     add("--batch-size", type=PositiveInt, default=4, help="images made at a time")
-    add("--weights", choices=["raw", "ema"], help="default: the moving average if there is one")
     add("--device", type=str | None, help="such as cpu or cuda:1; default: a GPU if there is one")
     add("--dtype", choices=DTYPES, help=_DTYPE_HELP)
     add("--overwrite", action="store_true", help="delete the images of earlier commands first")
-    add(
-        "--allow_import",
-        type=str,
-        action="append",
-        default=[],
-        help="package whose classes the run's config may name too",
-    )
+    add_run_options(parser)
     return parser
 
 

@@ -62,6 +62,20 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         raise _explained(error, parser.prog) from error
 
 
+def add_run_options(parser: ArgumentParser) -> None:
+    """Add the options of commands that open a run."""
+    parser.add_argument(
+        "--weights", choices=["raw", "ema"], help="default: the moving average if there is one"
+    )
+    parser.add_argument(
+        "--allow_import",
+        type=str,
+        action="append",
+        default=[],
+        help="package whose classes the run's config may name too",
+    )
+
+
 def _explained(error: ArgumentError, program: str) -> ConfigError:
     """Put an error of the parser on one line."""
     line = summarise(str(error))

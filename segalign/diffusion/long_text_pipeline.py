@@ -25,8 +25,8 @@ from segalign.diffusion.pipeline_parts import (
     AdapterPart,
     PixelUnshuffle,
     SegmentEncoding,
-    read_schedule,
 )
+from segalign.diffusion.schedule import NoiseSchedule
 from segalign.diffusion.scheduler_sampler import (
     Sampler,
     SchedulerName,
@@ -167,7 +167,7 @@ class LongTextPipeline(DiffusionPipeline):
             self.unet,
             self.conditioner,
             codec,
-            read_schedule(self.scheduler.config),
+            NoiseSchedule.from_config(self.scheduler.config),
             image_size=self.config.image_size,
             mask_padding=self.segment_encoder.encoding().mask_padding,
         )

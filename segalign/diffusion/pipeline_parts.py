@@ -1,7 +1,6 @@
 """Parts of an exported folder that diffusers and transformers do not have: plain JSON settings."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -139,19 +138,9 @@ def make_scheduler(schedule: NoiseSchedule, spacing: Spacing) -> Any:
     )
 
 
-def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
-    """Make the noise schedule, in float64, that a scheduler's settings describe."""
-    betas = config.get("trained_betas")
-    if betas is None:
-        return NoiseSchedule.from_config(config)
-    levels = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
-    return NoiseSchedule(levels, config["prediction_type"])
-
-
 def _noise_levels(schedule: NoiseSchedule) -> dict[str, Any]:
     """Name the betas of a schedule by their usual formula, or else list them."""
-    alphas = schedule.alphas_cumprod
-    betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
+    alphas, betas = schedule.alphas_cumprod, schedule.betas()
     for kind in ("scaled_linear", "linear"):
         named = {
             "num_train_timesteps": schedule.num_timesteps,

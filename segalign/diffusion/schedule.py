@@ -57,6 +57,11 @@ class NoiseSchedule:
         """Number of training timesteps T."""
         return len(self.alphas_cumprod)
 
+    def betas(self) -> Tensor:
+        """Return the noise added at each timestep, float64 ``(T,)``: what the levels come from."""
+        levels = self.alphas_cumprod
+        return 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
+
     def levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Look up (alpha_t, sigma_t), shaped to broadcast against a batch.
 

@@ -168,11 +168,9 @@ def sampler_name(sampler: Sampler) -> SchedulerName:
 
 def _make_scheduler(name: SchedulerName, schedule: NoiseSchedule, spacing: Spacing) -> Any:
     """Make a scheduler with given noise levels, for latents that are not clipped."""
-    alphas = schedule.alphas_cumprod
-    betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
     common = {
         "num_train_timesteps": schedule.num_timesteps,
-        "trained_betas": betas.tolist(),
+        "trained_betas": schedule.betas().tolist(),
         "prediction_type": schedule.prediction_type,
         "timestep_spacing": spacing,
         "steps_offset": 1 if spacing == "leading" else 0,
@@ -184,5 +182,5 @@ def _make_scheduler(name: SchedulerName, schedule: NoiseSchedule, spacing: Spaci
     else:
         scheduler = UniPCMultistepScheduler(**common)
     # The schedulers multiply betas up in float32; the table is ours, in float64.
-    scheduler.alphas_cumprod = alphas
+    scheduler.alphas_cumprod = schedule.alphas_cumprod
     return scheduler

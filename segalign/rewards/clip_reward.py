@@ -107,9 +107,7 @@ class ClipReward(nn.Module):
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
         """Encode captions to ``(B, E)``: unit vectors, or means of segments' unit vectors."""
-        segments = self.segment_features(captions)
-        means = torch.stack([features.mean(dim=0) for features in segments])
-        return F.normalize(means, dim=-1) if self.renormalize else means
+        return self._mean(self.segment_features(captions))
 
     def segment_features(self, captions: Sequence[str]) -> list[Tensor]:
         """Encode each caption's segments, over-long ones cut, to unit vectors ``(n, E)``.
@@ -153,9 +151,14 @@ class ClipReward(nn.Module):
         with torch.no_grad():
             image_features = self.image_features(images)
             segments = self.segment_features(captions)
-            text = self.text_features(captions)
+            text = self._mean(segments)
             direction = self.common_direction(text)
             plain = (image_features * text).sum(dim=-1)
             along = (image_features * text_irrelevant(text, direction)).sum(dim=-1)
             scores = [part @ image for part, image in zip(segments, image_features, strict=True)]
         return ScoreParts(plain - along, along, common_share(text, direction), scores)
+
+    def _mean(self, segments: Sequence[Tensor]) -> Tensor:
+        """Average each caption's segments, ``(B, E)``."""
+        means = torch.stack([features.mean(dim=0) for features in segments])
+        return F.normalize(means, dim=-1) if self.renormalize else means

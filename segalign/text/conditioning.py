@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,19 @@ class TextConditioning:
             pooled=None if self.pooled is None else self.pooled.expand(batch_size, -1),
             report=TextReport(**{k: v * batch_size for k, v in vars(self.report).items()}),
         )
+
+
+class CaptionEncoder(nn.Module):
+    """Base of encoders whose negative prompt is the encoded empty caption."""
+
+    def encode_empty(self, batch_size: int) -> TextConditioning:
+        """Encode the empty caption, the negative prompt of classifier-free guidance.
+
+        Returns:
+            Conditioning whose tensors are one row expanded to ``batch_size``: do not write to it.
+        """
+        empty: TextConditioning = self([""])
+        return empty.expand(batch_size)
 
 
 class TextConditioner(Protocol):

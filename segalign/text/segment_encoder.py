@@ -23,7 +23,7 @@ from segalign.text.caption_plan import (
     report_plans,
 )
 from segalign.text.clip_tower import ClipTower, TokenFeatures
-from segalign.text.conditioning import TextConditioning
+from segalign.text.conditioning import CaptionEncoder, TextConditioning
 from segalign.text.feature_store import FeatureStore
 from segalign.text.merging import Pooling, check_pooling, gather_tokens, pool_segments
 from segalign.text.segmenter import Segment, Segmenter, SentenceSegmenter
@@ -34,7 +34,7 @@ from segalign.text.text_states import TextModel, check_projection
 _logger = logging.getLogger(__name__)
 
 
-class SegmentEncoder(nn.Module):
+class SegmentEncoder(CaptionEncoder):
     """Encode each segment of a caption alone and concatenate the kept tokens.
 
     Equal segments of a batch are encoded once, segments of like length together. A caption's
@@ -117,15 +117,6 @@ class SegmentEncoder(nn.Module):
             As :meth:`forward`.
         """
         return self._encode([[Segment(t, 0, len(t)) for t in texts] for texts in segments])
-
-    def encode_empty(self, batch_size: int) -> TextConditioning:
-        """Encode the empty caption, the negative prompt of classifier-free guidance.
-
-        Returns:
-            Conditioning whose tensors are one row expanded to ``batch_size``: do not write to it.
-        """
-        empty: TextConditioning = self([""])
-        return empty.expand(batch_size)
 
     def split(self, caption: str) -> list[Segment]:
         """Split a caption into the segments that are encoded, over-long ones cut."""

@@ -8,17 +8,17 @@ Reference: arXiv 2410.11817; the T5 branch of its generators.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from segalign.errors import ConfigError
 from segalign.text.adapter import TextAdapter, check_adapter_widths
-from segalign.text.conditioning import TextConditioning, TextReport
+from segalign.text.conditioning import CaptionEncoder, TextConditioning, TextReport
 from segalign.text.frozen_features import FrozenFeatures, execution_device
 from segalign.text.tokenizer import TokenIds
 
 
-class T5Encoder(nn.Module):
+class T5Encoder(CaptionEncoder):
     """Encode whole captions with T5, then an adapter.
 
     Every caption is padded to L, whatever it is batched with, and equal ones are encoded once.
@@ -102,15 +102,6 @@ class T5Encoder(nn.Module):
             ),
             num_leading=max(lengths),
         )
-
-    def encode_empty(self, batch_size: int) -> TextConditioning:
-        """Encode the empty caption, the negative prompt of classifier-free guidance.
-
-        Returns:
-            Conditioning whose tensors are one row expanded to ``batch_size``: do not write to it.
-        """
-        empty: TextConditioning = self([""])
-        return empty.expand(batch_size)
 
     def clear_cache(self) -> None:
         """Forget cached features: see :meth:`FrozenFeatures.clear` for when it is needed."""

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from segalign.text.clip_tower import ClipTower, TokenFeatures
-from segalign.text.conditioning import TextConditioning, TextReport
+from segalign.text.conditioning import CaptionEncoder, TextConditioning, TextReport
 from segalign.text.text_states import TextModel, check_projection
 from segalign.text.tokenizer import TokenIds
 
 
-class TruncatedEncoder(nn.Module):
+class TruncatedEncoder(CaptionEncoder):
     """Encode whole captions, cut and padded to the context, as Stable Diffusion does.
 
     A caption keeps its first 75 tokens. The interface is that of ``SegmentEncoder``.
@@ -74,15 +74,6 @@ class TruncatedEncoder(nn.Module):
             report=report,
             num_leading=max(lengths),
         )
-
-    def encode_empty(self, batch_size: int) -> TextConditioning:
-        """Encode the empty caption, the negative prompt of classifier-free guidance.
-
-        Returns:
-            Conditioning whose tensors are one row expanded to ``batch_size``: do not write to it.
-        """
-        empty: TextConditioning = self([""])
-        return empty.expand(batch_size)
 
     def clear_cache(self) -> None:
         """Forget cached features; needed after writing to ``.data`` of a weight."""

@@ -21,7 +21,7 @@ from segalign.diffusion.pipeline_folder import (
     merge_adapters,
     save_pipeline_folder,
 )
-from segalign.diffusion.pipeline_parts import SegmentEncoding, make_scheduler, read_schedule
+from segalign.diffusion.pipeline_parts import SegmentEncoding, make_scheduler
 from segalign.diffusion.schedule import NoiseSchedule
 from segalign.errors import ConfigError, DataError
 from segalign.run_format import read_tensors
@@ -228,7 +228,7 @@ def test_noise_levels_survive(kind):
     scheduler = make_scheduler(schedule, "leading")
     config = json.loads(scheduler.to_json_string())
     assert (config["trained_betas"] is None) == (kind != "other")
-    found = read_schedule(config)
+    found = NoiseSchedule.from_config(config)
     assert torch.allclose(found.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-11)
     assert found.prediction_type == schedule.prediction_type
     assert (config["timestep_spacing"], config["steps_offset"]) == ("leading", 1)
