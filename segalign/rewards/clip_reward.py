@@ -11,15 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPModel
 
 from segalign.errors import DataError
 from segalign.formats.clip_scorer import ClipScorer, load_clip_scorer
 from segalign.rewards.common_direction import CommonDirection
 from segalign.rewards.decomposition import common_share, reweight, text_irrelevant
-from segalign.rewards.image_preprocessing import ImagePreprocessing, ResizeFilter
-from segalign.text.clip_tower import ClipTower
-from segalign.text.long_segments import cut_segment
+from segalign.rewards.image_preprocessing import ResizeFilter
+from segalign.rewards.segment_scorer import SegmentFeatures, SegmentScorer
 from segalign.text.segmenter import Segmenter
 
 
@@ -73,17 +71,19 @@ class ClipReward(nn.Module):
         cache_bytes: int = 64 * 2**20,
     ) -> None:
         super().__init__()
-        self.model: CLIPModel = scorer.model.requires_grad_(False)
-        nn.Module.eval(self.model)
-        text_model = self.model.text_model
-        self.tower = ClipTower(text_model, scorer.tokenizer, cache_bytes=cache_bytes)
-        self.segmenter = segmenter
+        self.scorer = SegmentScorer(
+            scorer,
+            segmenter=segmenter,
+            resize=resize,
+            crop=crop,
+            seed=seed,
+            cache_bytes=cache_bytes,
+        )
+        self.scorer.requires_grad_(False)
+        nn.Module.eval(self.scorer)
         self.renormalize = renormalize
         self.common_direction = common_direction
         self.omega = omega
-        self.preprocessing = ImagePreprocessing(
-            scorer.image_settings, resize=resize, crop=crop, seed=seed
-        )
 
     @classmethod
     def from_pretrained(cls, source: str, **settings: object) -> "ClipReward":
@@ -100,45 +100,29 @@ class ClipReward(nn.Module):
 
     def image_features(self, images: Tensor) -> Tensor:
         """Encode images in [0, 1] to unit vectors ``(B, E)``; differentiable in the images."""
-        pixels = self.preprocessing(images).to(self.model.dtype)
-        states = self.model.vision_model(pixel_values=pixels).pooler_output
-        features: Tensor = self.model.visual_projection(states)
-        return F.normalize(features.to(images.dtype), dim=-1)
+        return self.scorer.image_features(images)
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
         """Encode captions to ``(B, E)``: unit vectors, or means of segments' unit vectors."""
         return self._mean(self.segment_features(captions))
 
-    def segment_features(self, captions: Sequence[str]) -> list[Tensor]:
-        """Encode each caption's segments, over-long ones cut, to unit vectors ``(n, E)``.
-
-        Without a segmenter a caption is one segment, of which the context's worth is read. There
-        is no gradient.
+    def segment_features(self, captions: Sequence[str]) -> SegmentFeatures:
+        """Encode the captions' segments, without gradient: see ``SegmentScorer``.
 
         Raises:
             DataError: If the model gives features that are not finite.
         """
-        split = [self.split(caption) for caption in captions]
         with torch.no_grad():
-            states = self.tower.end_states([text for texts in split for text in texts])
-            features = F.normalize(self.model.text_projection(states).float(), dim=-1)
-        if not torch.isfinite(features).all():
+            segments = self.scorer.segment_features(captions)
+        if not torch.isfinite(segments.features).all():
             raise DataError(
                 "expected finite text features of the scorer; got NaN; check its weights and dtype"
             )
-        return list(torch.split(features, [len(texts) for texts in split]))
+        return segments
 
     def split(self, caption: str) -> list[str]:
         """Split a caption into the texts that are scored."""
-        if self.segmenter is None:
-            return [caption]
-        return [
-            piece.text
-            for segment in self.segmenter.split(caption)
-            for piece in cut_segment(
-                segment, self.tower.max_word_tokens, self.tower.count_word_tokens
-            )
-        ]
+        return self.scorer.split(caption)
 
     def score_parts(self, images: Tensor, captions: Sequence[str]) -> ScoreParts:
         """Score images and take the scores apart, for logs and reports; no gradient.
@@ -155,10 +139,11 @@ class ClipReward(nn.Module):
             direction = self.common_direction(text)
             plain = (image_features * text).sum(dim=-1)
             along = (image_features * text_irrelevant(text, direction)).sum(dim=-1)
-            scores = [part @ image for part, image in zip(segments, image_features, strict=True)]
+            pairs = zip(segments.split(), image_features, strict=True)
+            scores = [part @ image for part, image in pairs]
         return ScoreParts(plain - along, along, common_share(text, direction), scores)
 
-    def _mean(self, segments: Sequence[Tensor]) -> Tensor:
+    def _mean(self, segments: SegmentFeatures) -> Tensor:
         """Average each caption's segments, ``(B, E)``."""
-        means = torch.stack([features.mean(dim=0) for features in segments])
+        means = segments.mean()
         return F.normalize(means, dim=-1) if self.renormalize else means

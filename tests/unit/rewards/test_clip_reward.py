@@ -119,7 +119,7 @@ def test_only_the_images_get_gradients(scorer, images):
     reward(images.requires_grad_(True), CAPTIONS).sum().backward()
     assert images.grad.abs().sum() > 0
     assert all(not p.requires_grad and p.grad is None for p in reward.parameters())
-    assert not any(module.training for module in reward.model.modules())
+    assert not any(module.training for module in reward.scorer.modules())
 
 
 def test_rewards_share_nothing(images):

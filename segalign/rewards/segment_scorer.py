@@ -1,0 +1,121 @@
+"""The two towers of a CLIP-type model: images and captions, whole or in segments, as unit vectors.
+
+Rewards use it frozen, preference training with gradients.
+
+Dims: B batch, N texts, E joint-embedding width, H/W pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segalign.formats.clip_scorer import ClipScorer
+from segalign.rewards.image_preprocessing import ImagePreprocessing, ResizeFilter
+from segalign.text.clip_tower import ClipTower
+from segalign.text.long_segments import cut_segment
+from segalign.text.segmenter import Segmenter
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentFeatures:
+    """Features of all segments of a batch of captions, one below the other.
+
+    Attributes:
+        features: Unit vectors ``(N, E)``.
+        owner: Caption that each segment belongs to, int64 ``(N,)``, ascending, in [0, B).
+        texts: The segments.
+    """
+
+    features: Tensor
+    owner: Tensor
+    texts: list[str]
+
+    def split(self) -> list[Tensor]:
+        """Return each caption's features, ``(n, E)``; every caption has at least one segment."""
+        return list(torch.split(self.features, torch.bincount(self.owner).tolist()))
+
+    def mean(self) -> Tensor:
+        """Average each caption's features, ``(B, E)``; shorter than 1 where segments differ."""
+        counts = torch.bincount(self.owner)
+        sums = self.features.new_zeros(len(counts), self.features.shape[1])
+        return sums.index_add(0, self.owner, self.features) / counts.unsqueeze(-1)
+
+
+class SegmentScorer(nn.Module):
+    """Embed images and texts with a CLIP-type model.
+
+    A text's features depend on it alone, whatever it is batched with; equal texts are encoded once,
+    in a few passes of similar lengths.
+
+    Args:
+        scorer: Model, tokenizer and image settings; the model stays as trainable as it is.
+        segmenter: Splits captions; None takes them whole.
+        resize: See ``ImagePreprocessing``.
+        crop: See ``ImagePreprocessing``.
+        seed: Seed of the crop.
+        cache_bytes: Bound on the memory of cached text features of a frozen model.
+    """
+
+    def __init__(
+        self,
+        scorer: ClipScorer,
+        *,
+        segmenter: Segmenter | None = None,
+        resize: ResizeFilter = "bicubic",
+        crop: int | None = None,
+        seed: int = 0,
+        cache_bytes: int = 64 * 2**20,
+    ) -> None:
+        super().__init__()
+        self.model = scorer.model
+        self.tower = ClipTower(scorer.model.text_model, scorer.tokenizer, cache_bytes=cache_bytes)
+        self.segmenter = segmenter
+        self.preprocessing = ImagePreprocessing(
+            scorer.image_settings, resize=resize, crop=crop, seed=seed
+        )
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Embed images in [0, 1], ``(B, 3, H, W)``, as unit vectors ``(B, E)``.
+
+        Differentiable in the images, and in the model's weights where those are trained.
+        """
+        pixels = self.preprocessing(images).to(self.model.dtype)
+        states = self.model.vision_model(pixel_values=pixels).pooler_output
+        features: Tensor = self.model.visual_projection(states)
+        return F.normalize(features.to(images.dtype), dim=-1)
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts, cut at the context, as unit vectors ``(N, E)``, in float32 at least."""
+        states = self.tower.end_states(texts)
+        features: Tensor = self.model.text_projection(states.to(self.model.dtype))
+        if features.dtype in (torch.float16, torch.bfloat16):
+            features = features.float()
+        return F.normalize(features, dim=-1)
+
+    def segment_features(self, captions: Sequence[str]) -> SegmentFeatures:
+        """Embed the segments of captions, over-long ones cut further.
+
+        Without a segmenter a caption is one segment, of which the context's worth is read.
+        """
+        split = [self.split(caption) for caption in captions]
+        texts = [text for one in split for text in one]
+        features = self.text_features(texts)
+        counts = torch.tensor([len(one) for one in split], device=features.device)
+        rows = torch.arange(len(split), device=features.device)
+        return SegmentFeatures(features, rows.repeat_interleave(counts), texts)
+
+    def split(self, caption: str) -> list[str]:
+        """Split a caption into the texts that are embedded, at least one."""
+        if self.segmenter is None:
+            return [caption]
+        pieces = [
+            piece.text
+            for segment in self.segmenter.split(caption)
+            for piece in cut_segment(
+                segment, self.tower.max_word_tokens, self.tower.count_word_tokens
+            )
+        ]
+        return pieces or [caption]
