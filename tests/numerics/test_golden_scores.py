@@ -124,7 +124,7 @@ def test_cropped_scores_and_gradients(scorer, golden, call, monkeypatch):
     described = G3["calls"][call]
     ours = reward(scorer, call, crop=504)
     top, left, *_ = described["crop_top_left_h_w"]
-    monkeypatch.setattr(ours.preprocessing, "crop_place", lambda height, width: (top, left))
+    monkeypatch.setattr(ours.scorer.preprocessing, "crop_place", lambda height, width: (top, left))
     images = image_512().requires_grad_(True)
     scores = ours(images, CAPTIONS[:2])
     assert (scores - golden[f"{call}.score"]).abs().max() < 1e-6

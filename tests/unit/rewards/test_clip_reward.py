@@ -126,7 +126,7 @@ def test_rewards_share_nothing(images):
     first, second = ClipReward(make_scorer()), ClipReward(make_scorer())
     before = second(images, CAPTIONS)
     with torch.no_grad():
-        for weight in first.model.parameters():
+        for weight in first.scorer.model.parameters():
             weight.mul_(2)
     first(images, CAPTIONS)
     assert torch.equal(second(images, CAPTIONS), before)
