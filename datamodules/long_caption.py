@@ -27,6 +27,7 @@ from segalign.data.loaders import (
 )
 from segalign.data.manifest import Manifest
 from segalign.data.order import BatchPlan
+from segalign.data.preferences import require_preference
 from segalign.data.scene_shards import ScenesShards
 from segalign.data.sequence import SequenceState, check_same_sequence, sequence_state
 from segalign.data.streaming import stream_urls
@@ -50,7 +51,7 @@ class LongCaptionDataModule(LightningDataModule):
         predict_shards: Folder whose captions are predicted; ``val_shards`` if it is not given.
         scenes: Make these shards of scenes first and train and validate on them.
         content: What a sample holds: an image and a caption, a caption alone, or two images with
-            a caption and a preference.
+            a caption and a preference. Training on pairs that are all ties is refused.
         global_batch_size: Samples of one optimizer step, over all ranks and accumulated batches.
         accumulate: Batches that one optimizer step consumes on each rank, for modules that step
             their optimizer themselves; others take ``trainer.accumulate_grad_batches``.
@@ -93,11 +94,8 @@ class LongCaptionDataModule(LightningDataModule):
         report_dir: str | None = None,
     ) -> None:
         super().__init__()
-        if scenes is not None and (train_shards or val_shards):
-            raise ConfigError(
-                "`data.scenes` brings its own shards, so `train_shards` and `val_shards` must be "
-                "unset; got both; remove one"
-            )
+        if scenes is not None:
+            scenes.check_use(content, other_shards=(train_shards, val_shards))
         self.train_shards = train_shards
         self.val_shards = val_shards
         self.predict_shards = predict_shards
@@ -137,6 +135,8 @@ class LongCaptionDataModule(LightningDataModule):
             self.ledgers = {}
             if self.samples_per_epoch is None:
                 self.train_manifest = open_shards(Path(self._required("train_shards")))
+                if self.content == "preference":
+                    require_preference(self.train_manifest)
             self._check_restored()
 
     def _required(self, setting: str) -> str:

@@ -2,24 +2,20 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
 
 from segalign.commands.encode import encode, encode_parser
+from segalign.commands.pack_sources import KINDS
 from segalign.commands.parsing import parse_arguments
 from segalign.errors import DataError
 
 if TYPE_CHECKING:
     from segalign.data.sources import Source
-
-_PREFERENCE_FIELDS = (
-    "JSONL file with `path_0`, `path_1`, `caption` and `preference_probs: [p0, p1]`, or `label`, "
-    "the index of the preferred image (0.5 for a tie)"
-)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -43,89 +39,12 @@ def build_parser() -> ArgumentParser:
         description="pack samples into shards; a killed run goes on where it stopped"
     )
     commands.add_subcommand("pack", pack, help="make shards")
-    kinds = pack.add_subcommands(dest="kind", metavar=" | ".join(_SOURCES))
-    kinds.add_subcommand("folder", _folder_parser(), help="images with captions beside them")
-    kinds.add_subcommand("jsonl", _jsonl_parser(), help="JSONL with captions and image paths")
-    kinds.add_subcommand("longalign", _longalign_parser(), help="Parquet with captions and paths")
-    kinds.add_subcommand("preferences", _preferences_parser(), help="JSONL of preference pairs")
-    kinds.add_subcommand("scenes", _scenes_parser(), help="scenes of the embedded benchmark")
+    kinds = pack.add_subcommands(dest="kind", metavar=" | ".join(KINDS))
+    for name, kind in KINDS.items():
+        kinds.add_subcommand(name, kind.build_parser(), help=kind.help)
     commands.add_subcommand("index", _index_parser(), help="write the manifest of foreign shards")
     commands.add_subcommand("verify", _verify_parser(), help="check shards by their manifest")
     commands.add_subcommand("encode", encode_parser(), help="precompute text features")
-    return parser
-
-
-def _folder_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="each image has its caption in NAME.txt or NAME.json")
-    parser.add_argument("source", type=str, help="folder of images; sub-folders are searched too")
-    return _with_packing(parser, images=True)
-
-
-def _jsonl_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="`caption` and `path` on each line, or captions alone")
-    parser.add_argument("source", type=str, help="JSONL file; other fields are kept as metadata")
-    parser.add_argument(
-        "--image-root",
-        type=str | None,
-        help="folder that each `path` is relative to; without it captions alone are packed",
-    )
-    return _with_packing(parser, images=True)
-
-
-def _longalign_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description="the LongAlign data set's own layout: Parquet with `path` and `caption`"
-    )
-    parser.add_argument(
-        "source", type=str, help="Parquet file, folder of them or glob pattern; rows are streamed"
-    )
-    parser.add_argument(
-        "--image-root",
-        type=str | None,
-        help="folder that each `path` is relative to; without it captions alone are packed",
-    )
-    return _with_packing(parser, images=True)
-
-
-def _preferences_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="two images, a caption and a preference on each line")
-    parser.add_argument("source", type=str, help=_PREFERENCE_FIELDS)
-    parser.add_argument(
-        "--image-root", type=str, required=True, help="folder that the paths are relative to"
-    )
-    return _with_packing(parser, images=True)
-
-
-def _scenes_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="pictures and captions drawn by this repository")
-    parser.add_argument("--world", type=str, default="3x3", help="name of the world")
-    parser.add_argument("--count", type=PositiveInt, default=1000, help="number of scenes")
-    parser.add_argument("--seed", type=int, default=0, help="names the stream of scenes")
-    parser.add_argument("--start", type=NonNegativeInt, default=0, help="first scene of the stream")
-    parser.add_argument(
-        "--length",
-        choices=["short", "long", "very_long"],
-        default="long",
-        help="length class of the captions",
-    )
-    return _with_packing(parser, images=False)
-
-
-def _with_packing(parser: ArgumentParser, *, images: bool) -> ArgumentParser:
-    parser.add_argument("out", type=str, help="folder for the shards")
-    parser.add_argument(
-        "--samples-per-shard", type=PositiveInt, default=1000, help="samples of one shard"
-    )
-    parser.add_argument(
-        "--num-processes", type=PositiveInt, default=1, help="processes that write shards"
-    )
-    if images:
-        parser.add_argument(
-            "--check",
-            choices=["none", "header", "full"],
-            default="header",
-            help="how far each image is decoded; those that fail are set aside",
-        )
     return parser
 
 
@@ -155,55 +74,7 @@ def _dispatch(options: Namespace) -> int:
         _show({"features in": options.encode.store, **vars(encode(options.encode))})
         return 0
     kind = options.pack.kind
-    return _pack(_SOURCES[kind](options.pack[kind]), options.pack[kind])
-
-
-def _folder_source(options: Namespace) -> "Source":
-    from segalign.data.sources import FolderSource
-
-    return FolderSource(Path(options.source), check=options.check)
-
-
-def _jsonl_source(options: Namespace) -> "Source":
-    from segalign.data.jsonl_sources import JsonlSource
-
-    root = None if options.image_root is None else Path(options.image_root)
-    return JsonlSource(Path(options.source), image_root=root, check=options.check)
-
-
-def _longalign_source(options: Namespace) -> "Source":
-    from segalign.data.parquet_source import ParquetSource
-
-    root = None if options.image_root is None else Path(options.image_root)
-    return ParquetSource(options.source, image_root=root, check=options.check)
-
-
-def _preference_source(options: Namespace) -> "Source":
-    from segalign.data.jsonl_sources import PreferenceSource
-
-    root = Path(options.image_root)
-    return PreferenceSource(Path(options.source), image_root=root, check=options.check)
-
-
-def _scene_source(options: Namespace) -> "Source":
-    from segalign.data.scene_shards import SceneSource
-
-    return SceneSource(
-        options.world,
-        options.count,
-        seed=options.seed,
-        start=options.start,
-        length=options.length,
-    )
-
-
-_SOURCES: Mapping[str, Callable[[Namespace], "Source"]] = {
-    "folder": _folder_source,
-    "jsonl": _jsonl_source,
-    "longalign": _longalign_source,
-    "preferences": _preference_source,
-    "scenes": _scene_source,
-}
+    return _pack(KINDS[kind].open_source(options.pack[kind]), options.pack[kind])
 
 
 def _pack(source: "Source", options: Namespace) -> int:
@@ -215,7 +86,12 @@ def _pack(source: "Source", options: Namespace) -> int:
         samples_per_shard=options.samples_per_shard,
         num_processes=options.num_processes,
     )
-    _show({"shards in": options.out, **dataclasses.asdict(report)})
+    rows = {"shards in": options.out, **dataclasses.asdict(report)}
+    if not report.preferences:
+        del rows["preferences"]
+    elif report.has_ties_only:
+        rows["warning"] = "all pairs are ties, from which pairwise losses learn nothing"
+    _show(rows)
     return 0
 
 

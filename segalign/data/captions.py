@@ -1,21 +1,24 @@
 """Read captions, their metadata and preferences from untrusted bytes."""
 
 import json
+import unicodedata
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias, cast
 
 from segalign.data.faults import SampleFault
 
 MAX_CAPTION_BYTES: Final = 64 * 1024
 MAX_JSON_BYTES: Final = 1024 * 1024
+_SUM_TOLERANCE: Final = 1e-3
+Ties: TypeAlias = Literal["keep", "set_aside"]
 
 
 def check_caption(caption: object) -> str:
     """Return the caption without surrounding white space.
 
     Raises:
-        SampleFault: If it is no text, empty, holds NUL or a lone surrogate, or is longer than
-            ``MAX_CAPTION_BYTES``.
+        SampleFault: If it is no text, empty, has no word or sign in it, holds NUL or a lone
+            surrogate, or is longer than ``MAX_CAPTION_BYTES``.
     """
     if caption is None:
         raise SampleFault("caption_missing", "there is no `caption`")
@@ -32,6 +35,8 @@ def check_caption(caption: object) -> str:
         raise SampleFault("caption_not_utf8", "the caption holds a lone surrogate") from err
     if num_bytes > MAX_CAPTION_BYTES:
         raise SampleFault("caption_too_long", f"{num_bytes} bytes, at most {MAX_CAPTION_BYTES}")
+    if not any(map(_is_content, stripped)):
+        raise SampleFault("caption_empty", "the caption is punctuation only")
     return stripped
 
 
@@ -107,16 +112,46 @@ def parse_preference(fields: dict[str, Any]) -> tuple[float, float]:
     """
     if "preference_probs" in fields:
         probs = fields["preference_probs"]
-        if not isinstance(probs, list) or len(probs) != 2 or not all(map(_is_number, probs)):
-            raise SampleFault("preference_invalid", f"`preference_probs` is {probs!r:.60}")
+        if not isinstance(probs, list) or len(probs) != 2 or not all(map(_is_probability, probs)):
+            raise SampleFault(
+                "preference_invalid", f"`preference_probs` is {probs!r:.60}, not two probabilities"
+            )
         first, second = float(probs[0]), float(probs[1])
-        if min(first, second) < 0 or not abs(first + second - 1) < 1e-3:
-            raise SampleFault("preference_invalid", f"`preference_probs` is {probs!r:.60}")
+        if abs(first + second - 1) > _SUM_TOLERANCE:
+            raise SampleFault(
+                "preference_invalid", f"`preference_probs` is {probs!r:.60}, which sum to no 1"
+            )
         return first / (first + second), second / (first + second)
     label = fields.get("label")
     if not _is_number(label) or label not in (0, 0.5, 1):
         raise SampleFault("preference_invalid", f"`label` is {label!r:.60}, not 0, 1 or 0.5")
     return 1.0 - float(label), float(label)
+
+
+def is_tie(probs: tuple[float, float]) -> bool:
+    """Tell whether neither image is preferred."""
+    return probs[0] == probs[1]
+
+
+def check_tie(probs: tuple[float, float], ties: Ties) -> tuple[float, float]:
+    """Return a preference, unless it is a tie and these are set aside.
+
+    Raises:
+        SampleFault: If it is one and they are.
+    """
+    if ties == "set_aside" and is_tie(probs):
+        raise SampleFault("preference_tie", "neither image is preferred")
+    return probs
+
+
+def _is_content(character: str) -> bool:
+    """Tell whether a character is more than punctuation, white space or control."""
+    return character.isalnum() or unicodedata.category(character)[0] not in "PZC"
+
+
+def _is_probability(value: object) -> bool:
+    """Tell whether a JSON value is a number in [0, 1]; NaN is not."""
+    return _is_number(value) and 0 <= cast("float", value) <= 1
 
 
 def _is_number(value: object) -> bool:

@@ -17,6 +17,8 @@ REASONS: Final = (
     "json_invalid",
     "path_outside_root",
     "preference_invalid",
+    "preference_missing",
+    "preference_tie",
     "read_error",
 )
 

@@ -33,6 +33,13 @@ _DECODER_ERRORS: Final = (
 )
 
 
+def sniff_suffix(raw: bytes) -> str:
+    """Return ``png``, ``webp`` or, for all else, ``jpg``, by the first bytes of a file."""
+    if raw.startswith(b"\x89PNG"):
+        return "png"
+    return "webp" if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP" else "jpg"
+
+
 def open_image(raw: bytes) -> Image.Image:
     """Read an image's header only; pixels are not decoded.
 

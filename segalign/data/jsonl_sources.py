@@ -17,7 +17,7 @@ from segalign.data.sources import (
     plain_suffix,
     read_image_file,
     suffix_of,
-    to_json,
+    to_json_member,
 )
 from segalign.errors import DataError
 
@@ -83,10 +83,10 @@ class JsonlSource:
         fields = parse_json_object(self._lines[index])
         fields["caption"] = check_caption(fields.get("caption"))
         if self._root is None:
-            return [("json", to_json(fields))]
+            return [to_json_member(fields)]
         return [
             image_below(self._root, fields.get("path"), self._check),
-            ("json", to_json(fields)),
+            to_json_member(fields),
         ]
 
 
@@ -128,7 +128,7 @@ class PreferenceSource:
         for place in ("0", "1"):
             suffix, content = image_below(self._root, fields.get(f"path_{place}"), self._check)
             images.append((f"{place}.{suffix}", content))
-        return [*images, ("json", to_json(fields))]
+        return [*images, to_json_member(fields)]
 
 
 def image_below(root: Path, name: object, check: ImageCheck) -> tuple[str, bytes]:

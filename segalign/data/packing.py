@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from segalign.data.manifest import (
     parse_index,
     write_manifest,
 )
+from segalign.data.preferences import add_counts, count_preference
 from segalign.data.processes import run_tasks
 from segalign.data.progress import show_progress
 from segalign.data.sources import Members, Source
@@ -51,6 +52,7 @@ class PackReport:
         num_bytes: Bytes of all shards.
         set_aside: Number of samples left out, by reason.
         examples: The first samples left out: origin, reason, detail.
+        preferences: Number of preference pairs and of ties among them; empty if there are none.
     """
 
     num_source: int
@@ -59,12 +61,19 @@ class PackReport:
     num_bytes: int
     set_aside: dict[str, int]
     examples: list[list[str]]
+    preferences: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def has_ties_only(self) -> bool:
+        """True if there are pairs and none of them says which image is preferred."""
+        return bool(self.preferences) and self.preferences["pairs"] == self.preferences["ties"]
 
 
 @dataclass(frozen=True)
 class _ShardResult:
     index: ShardIndex
     set_aside: list[list[str]]
+    preferences: dict[str, int]
 
 
 def pack(
@@ -145,20 +154,21 @@ class _ShardPacker:
         with storage_errors(path):
             with temporary.open("wb") as file:
                 writer = ShardWriter(file, path.name)
-                set_aside = self._write_samples(writer, number, advance)
+                set_aside, preferences = self._write_samples(writer, number, advance)
                 index = writer.finish()
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
             sync_directory(self.folder)
-        result = _ShardResult(index, set_aside)
+        result = _ShardResult(index, set_aside, preferences)
         write_bytes_atomic(_side_file(self.folder, number), _format_result(result))
         return number, result
 
     def _write_samples(
         self, writer: ShardWriter, number: int, advance: Callable[[int], None]
-    ) -> list[list[str]]:
+    ) -> tuple[list[list[str]], dict[str, int]]:
         set_aside = []
+        preferences = []
         unreported = 0
         for position in self.share(number):
             try:
@@ -167,12 +177,13 @@ class _ShardPacker:
                 set_aside.append([self.source.origin(position), fault.reason, fault.detail])
             else:
                 writer.write(f"{position:09d}", members)
+                preferences.append(count_preference(members))
             unreported += 1
             if unreported == _SAMPLES_PER_REPORT:
                 advance(unreported)
                 unreported = 0
         advance(unreported)
-        return set_aside
+        return set_aside, add_counts(preferences)
 
     def _read_source(self, position: int) -> Members:
         try:
@@ -219,6 +230,7 @@ def _finish(folder: Path, num_source: int, results: Sequence[_ShardResult]) -> P
         num_bytes=sum(result.index.size for result in results if result.index.samples),
         set_aside=dict(sorted(Counter(reason for _, reason, _ in set_aside).items())),
         examples=set_aside[:_MAX_EXAMPLES],
+        preferences=add_counts(result.preferences for result in results),
     )
     if not report.num_packed:
         origin, reason, detail = set_aside[0]
@@ -262,7 +274,7 @@ def _finished_shard(folder: Path, number: int) -> _ShardResult | None:
         return None
     samples = parse_index(json.dumps(fields["index"]).encode())
     index = ShardIndex(_shard_name(number), size, fields["sha256"], samples)
-    return _ShardResult(index, fields["set_aside"])
+    return _ShardResult(index, fields["set_aside"], fields.get("preferences", {}))
 
 
 def _format_result(result: _ShardResult) -> bytes:
@@ -273,6 +285,7 @@ def _format_result(result: _ShardResult) -> bytes:
             "sha256": index.sha256,
             "index": json.loads(format_index(index)),
             "set_aside": result.set_aside,
+            "preferences": result.preferences,
         }
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from segalign.data.captions import read_caption
+from segalign.data.captions import MAX_JSON_BYTES, read_caption
 from segalign.data.faults import SampleFault
 from segalign.data.images import IMAGE_SUFFIXES, decode_image, open_image
 from segalign.errors import DataError
@@ -128,6 +128,21 @@ def read_image_file(path: Path, check: ImageCheck) -> bytes:
 def to_json(fields: dict[str, Any]) -> bytes:
     """Write a ``.json`` member."""
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def to_json_member(fields: dict[str, Any]) -> tuple[str, bytes]:
+    """Return a ``.json`` member that readers accept.
+
+    Raises:
+        SampleFault: If it holds a lone surrogate or is larger than ``MAX_JSON_BYTES``.
+    """
+    try:
+        content = to_json(fields)
+    except UnicodeEncodeError as err:
+        raise SampleFault("json_invalid", "a field holds a lone surrogate") from err
+    if len(content) > MAX_JSON_BYTES:
+        raise SampleFault("json_invalid", f"{len(content)} bytes, at most {MAX_JSON_BYTES}")
+    return "json", content
 
 
 def to_png(pixels: NDArray[np.uint8]) -> bytes:

@@ -119,9 +119,10 @@ def decode_members(members: dict[str, bytes]) -> None:
     images = [suffix for suffix in members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
     for suffix in images:
         decode_image(members[suffix])
-    if any(suffix.startswith(("0.", "1.")) for suffix in images):
-        if len(images) != 2:
-            raise SampleFault("image_missing", f"a pair needs two images, got {len(images)}")
+    places = sorted(suffix[0] for suffix in images if suffix.startswith(("0.", "1.")))
+    if places:
+        if places != ["0", "1"]:
+            raise SampleFault("image_missing", f"a pair needs the images 0 and 1, got {places}")
         parse_preference(metadata)
 
 

@@ -1,5 +1,6 @@
 """Samples of the benchmark: a scene, its picture, its caption and the facts that this states."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
@@ -8,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segalign.rng import counter_seed
-from segalign.scenes.grammar import CaptionLength, caption_sentences, join_sentences
+from segalign.scenes.grammar import CaptionLength, Fact, caption_sentences, join_sentences
 from segalign.scenes.renderer import render
-from segalign.scenes.world import get_world, random_scene
+from segalign.scenes.world import Scene, get_world, random_scene
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,13 @@ def make_sample(
     scene = random_scene(place, Random(counter_seed("scene", seed, index)))  # noqa: S311
     wording = Random(counter_seed(f"caption/{length}", seed, index))  # noqa: S311
     caption, facts = join_sentences(caption_sentences(scene, place, wording, length))
-    metadata = {
+    return SceneSample(render(scene, place), caption, describe(world, scene, facts))
+
+
+def describe(world: str, scene: Scene, facts: Sequence[Fact]) -> dict[str, Any]:
+    """Return the metadata of a sample; see `SceneSample`."""
+    return {
         "world": world,
         "scene": asdict(scene),
         "facts": [[fact.kind, fact.cell, fact.value, fact.start, fact.end] for fact in facts],
     }
-    return SceneSample(render(scene, place), caption, metadata)

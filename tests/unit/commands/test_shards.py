@@ -26,6 +26,15 @@ def test_scenes_are_packed_verified_and_shown(tmp_path, capsys):
     assert (report["num_decoded"], report["sound"]) == (5, True)
 
 
+def test_pairs_of_scenes_are_packed(tmp_path, capsys):
+    out = str(tmp_path / "shards")
+    size = ["--world", "2x2", "--count", "6", "--samples-per-shard", "2"]
+    pairs = ["--pairs", "--edit-position", "past_77", "--tie-share", "0.5"]
+    assert run(["pack", "scenes", out, *size, *pairs]) == 0
+    assert "preferences  pairs: 6\n             ties: 4\n" in capsys.readouterr().out
+    assert run(["verify", out, "--decode"]) == 0
+
+
 def test_foreign_shards_are_indexed_once(tmp_path, capsys):
     with webdataset.ShardWriter(str(tmp_path / "x-%d.tar"), verbose=0) as writer:
         writer.write({"__key__": "a", "txt": "a"})
@@ -70,6 +79,36 @@ def test_defects_end_with_65(tmp_path, capsys):
         (["pack", "scenes", "OUT", "--world", "9x9"], 78, "error: expected a world among"),
         (["pack", "scenes", "OUT", "--count", "0"], 78, "error: `count`: Not of type PositiveInt"),
         (["pack", "scenes", "OUT", "--typo", "0"], 78, "error: unrecognized arguments: --typo"),
+        (
+            ["pack", "scenes", "OUT", "--tie-share", "0.5"],
+            78,
+            "error: `edit_position` and `tie_share` are for pairs of scenes; got `any` and 0.5",
+        ),
+        (
+            ["pack", "scenes", "OUT", "--pairs", "--length", "short", "--edit-position", "past_77"],
+            78,
+            "error: edited facts past token 77 need captions of length `long` or `very_long`;",
+        ),
+        (
+            ["pack", "scenes", "OUT", "--pairs", "--tie-share", "2"],
+            78,
+            "error: `tie_share`: Not of type ClosedUnitInterval",
+        ),
+        (
+            ["pack", "pickapic", "NOWHERE", "OUT"],
+            65,
+            "error: a Parquet file, a folder of them or a pattern was expected; `NOWHERE` has none",
+        ),
+        (
+            ["pack", "pickapic", "NOWHERE", "OUT", "--captions", "NOWHERE"],
+            65,
+            "error: a JSONL file of long captions was expected at `NOWHERE`; got: No such file",
+        ),
+        (
+            ["pack", "hpd", "NOWHERE", "OUT", "--image-root", "EMPTY"],
+            65,
+            "error: a JSON file was expected at `NOWHERE`; got: No such file",
+        ),
         (["pack", "folder", "NOWHERE", "OUT"], 65, "error: a folder of images was expected;"),
         (["pack", "scenes", "FILE/x"], 75, "error: expected to be able to write"),
         (["verify", "NOWHERE"], 65, "error: a folder of shards was expected;"),
@@ -82,7 +121,7 @@ def test_defects_end_with_65(tmp_path, capsys):
         (
             ["pack"],
             78,
-            'error: expected "pack.kind" to be one of {folder,jsonl,longalign,preferences,scenes}',
+            'error: expected "pack.kind" to be one of {folder,jsonl,longalign,preferences,pick',
         ),
         (
             ["nonsense"],
@@ -118,7 +157,7 @@ def test_help_imports_neither_torch_nor_lightning(repository, argv):
 
 
 def test_packing_and_verifying_images_needs_no_torch(repository):
-    sources = "sources jsonl_sources parquet_source"
+    sources = "sources jsonl_sources parquet_source pickapic_source hpd_source long_captions"
     modules = f"{sources} packing manifest order verify images captions tarfiles"
     imports = "".join(f"import segalign.data.{name}\n" for name in modules.split())
     code = f"import sys\n{imports}assert 'torch' not in sys.modules\n"

@@ -26,6 +26,8 @@ def test_text_is_stripped_and_its_byte_order_mark_dropped():
     [
         (b"caf\xe9", "caption_not_utf8"),
         (b" \n", "caption_empty"),
+        (b"... -- ?!", "caption_empty"),
+        ("\u200b\u3002".encode(), "caption_empty"),
         (b"a\0b", "caption_nul"),
         (b"x" * (MAX_CAPTION_BYTES + 1), "caption_too_long"),
         (b"x" * 10_000_000, "caption_too_long"),
@@ -33,6 +35,11 @@ def test_text_is_stripped_and_its_byte_order_mark_dropped():
 )
 def test_text_that_cannot_be_used(raw, reason):
     assert reason_of(parse_caption_text, raw) == reason
+
+
+@pytest.mark.parametrize("caption", ["7", "ß", "犬", "🎉", "5 %", "$", "...and"])
+def test_a_word_or_a_sign_is_enough(caption):
+    assert parse_caption_text(caption.encode()) == caption
 
 
 @pytest.mark.parametrize(
@@ -89,6 +96,10 @@ def test_preferences(fields, probs):
         {"preference_probs": [0.9, 0.9]},
         {"preference_probs": [-1, 2]},
         {"preference_probs": [float("nan"), 1.0]},
+        {"preference_probs": [float("inf"), float("-inf")]},
+        {"preference_probs": [10**400, 1]},
+        {"preference_probs": [0.3, 0.6]},
+        {"preference_probs": [True, False]},
         {"preference_probs": "01"},
     ],
 )

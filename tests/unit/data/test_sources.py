@@ -4,7 +4,7 @@ import pytest
 
 from segalign.data.faults import SampleFault
 from segalign.data.jsonl_sources import JsonlSource, PreferenceSource
-from segalign.data.scene_shards import SceneSource, ScenesShards
+from segalign.data.scene_shards import PairSettings, SceneSource, ScenesShards
 from segalign.data.sources import FolderSource
 from segalign.errors import ConfigError, DataError
 
@@ -182,6 +182,49 @@ def test_scenes_of_training_and_validation_differ():
     assert train.members(0) != val.members(0)
     assert shards.folder("train") != shards.folder("val")
     assert ScenesShards(world="2x2", num_train=3).folder("train") != shards.folder("train")
+
+
+def test_pairs_of_scenes_are_two_png_and_json():
+    source = SceneSource("2x2", 3, seed=1, start=10, pairs=PairSettings(edit_position="past_77"))
+    members = source.members(2)
+    assert [suffix for suffix, _ in members] == ["0.png", "1.png", "json"]
+    fields = json.loads(members[2][1])
+    assert sorted(fields["preference_probs"]) == [0.0, 1.0]
+    stated = fields["caption"][fields["edited"]["start"] : fields["edited"]["end"]]
+    assert fields["edited"]["value"] in stated
+    assert source.settings()["pairs"] == {"edit_position": "past_77", "tie_share": 0.0}
+
+
+def test_shards_of_other_pairs_are_other_folders():
+    settings = [
+        {},
+        {"pairs": True},
+        {"pairs": True, "edit_position": "past_77"},
+        {"pairs": True, "tie_share": 0.5},
+    ]
+    shards = [ScenesShards(world="2x2", num_train=2, num_val=2, **each) for each in settings]
+    assert len({each.folder("train") for each in shards}) == 4
+    assert shards[1].folder("train").name.startswith("2x2-train-long-pairs-")
+    # Validation has no ties.
+    assert shards[1].folder("val") == shards[3].folder("val")
+
+
+def test_folders_of_samples_keep_their_names():
+    # Of shards that were packed before there were pairs.
+    shards = ScenesShards()
+    assert str(shards.folder("train")) == "data/scenes/3x3-train-long-73fcbb6512"
+    assert str(shards.folder("val")) == "data/scenes/3x3-val-long-b1798109f3"
+
+
+def test_settings_of_pairs_need_pairs():
+    for settings in ({"tie_share": 0.1}, {"edit_position": "past_77"}):
+        with pytest.raises(ConfigError, match=r"are for pairs of scenes; got .* without `pairs`;"):
+            ScenesShards(**settings)
+
+
+def test_a_lone_surrogate_in_any_field_is_a_fault(tmp_path):
+    write_lines(tmp_path / "lines.jsonl", '{"caption": "a", "note": "\\ud800"}')
+    assert list(outcomes(JsonlSource(tmp_path / "lines.jsonl")).values()) == ["json_invalid"]
 
 
 def test_a_world_that_does_not_exist():

@@ -44,6 +44,10 @@ def test_missing_cut_and_unlisted_shards_are_found(tmp_path, write_shards):
         ([("png", b"")], "caption_missing"),
         ([("png", b"broken"), ("txt", b"a")], "image_unreadable"),
         ([("0.png", None), ("json", b'{"caption": "a", "label": 0}')], "image_missing"),
+        (
+            [("0.png", None), ("0.webp", None), ("json", b'{"caption": "a", "label": 0}')],
+            "image_missing",
+        ),
         ([("0.png", None), ("1.png", None), ("json", b'{"caption": "a"}')], "preference_invalid"),
     ],
 )

@@ -3,12 +3,14 @@ from itertools import chain, islice
 from pathlib import Path
 
 import lightning
+import numpy as np
 import pytest
 import torch
 
 from datamodules.long_caption import LongCaptionDataModule
 from segalign.data.manifest import load_manifest, write_manifest
 from segalign.data.scene_shards import ScenesShards
+from segalign.data.sources import to_png
 from segalign.data.tarfiles import ShardWriter
 from segalign.errors import ConfigError, DataError, StorageError
 
@@ -273,6 +275,56 @@ def test_scenes_are_prepared_once(tmp_path):
     assert batch["metadata"][0]["world"] == "2x2"
     val_ids = [i for b in data.val_dataloader() for i in b["sample_ids"][b["valid"]].tolist()]
     assert val_ids == [0, 1, 2]
+
+
+def test_pairs_of_scenes_are_batches_of_preferences(tmp_path):
+    scenes = ScenesShards(
+        world="2x2", num_train=8, num_val=4, root=str(tmp_path), pairs=True, edit_position="past_77"
+    )
+    data = LongCaptionDataModule(scenes=scenes, content="preference", global_batch_size=4)
+    data.prepare_data()
+    data.setup("fit")
+    (batch,) = list(islice(data.train_dataloader(), 1))
+    assert batch["image_pairs"].shape == (4, 2, 3, 24, 24)
+    assert sorted(map(tuple, batch["preference_probs"].tolist()))[0] == (0.0, 1.0)
+    for metadata, images in zip(batch["metadata"], batch["image_pairs"], strict=True):
+        row, column = divmod(metadata["edited"]["cell"], 2)
+        differs = (images[0] != images[1]).any(dim=0)
+        assert differs.any()
+        differs[row * 12 : row * 12 + 12, column * 12 : column * 12 + 12] = False
+        assert not differs.any()
+    (val,) = list(data.val_dataloader())
+    assert val["valid"].tolist() == [True] * 4
+
+
+def test_scenes_and_content_must_go_together():
+    for content, pairs in (("preference", False), ("image", True)):
+        message = (
+            rf"goes with `data.scenes.pairs: true` .*; got `{content}` and `{str(pairs).lower()}`"
+        )
+        with pytest.raises(ConfigError, match=message):
+            LongCaptionDataModule(scenes=ScenesShards(pairs=pairs), content=content)
+    LongCaptionDataModule(scenes=ScenesShards(pairs=True), content="caption")
+
+
+def test_a_pair_with_one_image_keeps_its_slot(tmp_path):
+    image = to_png(np.full((4, 4, 3), 255, dtype=np.uint8))
+    raw = b'{"caption": "a", "preference_probs": [1, 0]}'
+    pair = [("0.png", image), ("1.png", image), ("json", raw)]
+    with (tmp_path / "s-0.tar").open("wb") as file:
+        writer = ShardWriter(file, "s-0.tar")
+        for key, members in (("0", pair), ("1", [pair[0], pair[2]]), ("2", pair)):
+            writer.write(key, members)
+        write_manifest(tmp_path, [writer.finish()])
+    data = LongCaptionDataModule(val_shards=str(tmp_path), content="preference")
+    (batch,) = list(data.val_dataloader())
+    assert batch["valid"][:3].tolist() == [True, False, True]
+    assert batch["captions"][:3] == ["a", "", "a"]
+    assert batch["preference_probs"].sum(dim=1).tolist() == [1.0] * len(batch["captions"])
+    assert batch["image_pairs"][1].abs().sum() == 0
+    (fault,) = batch["faults"]
+    assert (fault["reason"], fault["row"]) == ("image_missing", 1)
+    assert fault["detail"] == "there is no `1.jpg`, `1.png` or `1.webp`"
 
 
 def test_a_world_that_does_not_exist(tmp_path):
