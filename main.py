@@ -12,6 +12,7 @@ from segalign.errors import ConfigError
 
 # Commands that start at once, because they import neither Lightning nor, before they must, torch.
 LIGHT_COMMANDS = {
+    "direction": "segalign.commands.direction",
     "import": "segalign.commands.import_weights",
     "scenes": "segalign.commands.scenes",
     "shards": "segalign.commands.shards",

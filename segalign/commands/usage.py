@@ -13,6 +13,9 @@ images and weights:
   export    --checkpoint RUN --format diffusers|lora|official-lora --out DIR
   import    official LoRA lists, adapters, Denscore, LongSD
 
+rewards:
+  direction estimate a scorer's common direction, or report what it does to scores
+
 data:
   shards    pack, index, verify or encode WebDataset shards
   scenes    keep the weights of the tiny base of the embedded benchmark

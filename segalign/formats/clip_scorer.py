@@ -1,23 +1,31 @@
-"""CLIP-type preference models in Hugging Face layout: Denscore, PickScore, any ``CLIPModel``."""
+"""CLIP-type preference models in Hugging Face layout: Denscore, PickScore, any ``CLIPModel``.
+
+Dims: B batch, N texts, D text width, E joint-embedding width, S side of the image tower's input.
+"""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from segalign.errors import DataError
+from segalign.errors import ConfigError, DataError
 from segalign.formats.folders import new_folder
 from segalign.hub import fetch
 from segalign.tensor_pickle import is_plain_tensor, read_tensor_pickle
-from segalign.text.tokenizer import clip_tokenizer
+from segalign.text.text_states import TextModel
+from segalign.text.tokenizer import TextCleaning, clip_tokenizer
+
+ResizeFilter = Literal["bicubic", "bilinear"]
+ImageFit = Literal["crop", "squash", "pad"]
 
 _PICKLED = "pytorch_model.bin"
+_RESAMPLING: Mapping[ResizeFilter, int] = {"bilinear": 2, "bicubic": 3}  # as PIL counts them
 _EXPECTED = "a whole CLIP model in Hugging Face layout"
 _REMEDY = "download it again or choose another"
 _LOADING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError)
@@ -31,25 +39,112 @@ class ImageSettings:
         image_size: Side in pixels.
         mean: Of each colour; the default is CLIP's.
         std: Of each colour.
+        resize: Filter, with antialiasing; ``bicubic`` is CLIP's.
+        fit: How others than squares become squares: the short side is resized and the centre cut
+            (``crop``), both sides are resized (``squash``), or the long side is resized and the
+            rest is black (``pad``).
+        round_half: The centre of an odd margin: transformers rounds ``down``, ``open_clip`` to the
+            ``even`` number of pixels.
     """
 
     image_size: int = 224
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    resize: ResizeFilter = "bicubic"
+    fit: ImageFit = "crop"
+    round_half: Literal["down", "even"] = "down"
+
+
+class Scorer(Protocol):
+    """A CLIP-type model of any library, and what its inputs need."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The two towers."""
+        ...
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer."""
+        ...
+
+    @property
+    def image_settings(self) -> ImageSettings:
+        """Size and normalisation of the images."""
+        ...
+
+    @property
+    def cleaning(self) -> TextCleaning:
+        """Repair of texts before they are tokenized, as the model's own pipeline does."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Joint-embedding width E."""
+        ...
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Log of the inverse temperature, ``(1,)``."""
+        ...
+
+    def text_tower(self) -> TextModel:
+        """Return the text model, sharing its weights."""
+        ...
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Embed preprocessed images, ``(B, 3, S, S)`` to ``(B, E)``, not normalised.
+
+        Images are pooled as the model has it: at the class token, by averaging, by attention.
+        """
+        ...
+
+    def project_text(self, end_states: Tensor) -> Tensor:
+        """Map pooled states of the text tower to the joint space, ``(N, E)``, not normalised."""
+        ...
 
 
 class ClipScorer(NamedTuple):
-    """A scorer and what its inputs need.
+    """A ``CLIPModel`` of transformers and what its inputs need: a ``Scorer``.
 
     Attributes:
-        model: The two towers, float32, frozen, in evaluation mode.
-        tokenizer: Its tokenizer. Scorers are used without text cleaning.
+        model: The two towers; float32, frozen and in evaluation mode where they were loaded.
+        tokenizer: Its tokenizer.
         image_settings: Size and normalisation of its images.
+        cleaning: Repair of texts. Neither transformers' tokenizer nor the published scorers of
+            this layout have one.
     """
 
     model: CLIPModel
     tokenizer: CLIPTokenizer
     image_settings: ImageSettings
+    cleaning: TextCleaning = "none"
+
+    @property
+    def width(self) -> int:
+        """See ``Scorer``."""
+        return self.model.visual_projection.out_features
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """See ``Scorer``."""
+        return self.model.logit_scale.reshape(1)
+
+    def text_tower(self) -> TextModel:
+        """See ``Scorer``."""
+        text_model: TextModel = self.model.text_model
+        return text_model
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """See ``Scorer``: the class token's state, projected."""
+        states = self.model.vision_model(pixel_values=pixels.to(self.model.dtype)).pooler_output
+        features: Tensor = self.model.visual_projection(states)
+        return features
+
+    def project_text(self, end_states: Tensor) -> Tensor:
+        """See ``Scorer``."""
+        features: Tensor = self.model.text_projection(end_states.to(self.model.dtype))
+        return features
 
 
 def load_clip_scorer(source: str) -> ClipScorer:
@@ -83,19 +178,13 @@ def save_clip_scorer(scorer: ClipScorer, folder: Path) -> None:
     """Write a scorer as a Hugging Face folder, whole or not at all.
 
     ``CLIPModel``, ``CLIPTokenizer`` and ``CLIPImageProcessor`` load it, and `load_clip_scorer`.
+    The layout has no place for text cleaning.
 
     Raises:
-        ConfigError: If the folder has content.
+        ConfigError: If the folder has content, or images are padded, which the layout cannot say.
         StorageError: If it cannot be written.
     """
-    settings = scorer.image_settings
-    side = {"height": settings.image_size, "width": settings.image_size}
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": settings.image_size},
-        crop_size=side,
-        image_mean=list(settings.mean),
-        image_std=list(settings.std),
-    )
+    processor = _image_processor(scorer.image_settings)
     with new_folder(folder) as unfinished:
         scorer.model.save_pretrained(unfinished)
         scorer.tokenizer.save_pretrained(unfinished)
@@ -149,6 +238,24 @@ def _load_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
+def _image_processor(settings: ImageSettings) -> CLIPImageProcessor:
+    if settings.fit == "pad":
+        raise ConfigError(
+            "expected images that are cropped or squashed for a Hugging Face folder; got `pad`; "
+            "choose another `fit`"
+        )
+    side = {"height": settings.image_size, "width": settings.image_size}
+    is_cropped = settings.fit == "crop"
+    return CLIPImageProcessor(
+        size={"shortest_edge": settings.image_size} if is_cropped else side,
+        do_center_crop=is_cropped,
+        crop_size=side,
+        resample=_RESAMPLING[settings.resize],
+        image_mean=list(settings.mean),
+        image_std=list(settings.std),
+    )
+
+
 def _load_image_settings(folder: Path, side: int) -> ImageSettings:
     files = ("preprocessor_config.json", "processor_config.json")
     if not any((folder / name).is_file() for name in files):
@@ -160,7 +267,22 @@ def _load_image_settings(folder: Path, side: int) -> ImageSettings:
         raise _unusable(folder, f"image settings that cannot be read ({error})") from error
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise _unusable(folder, f"image mean {mean} and deviation {std}")
-    return ImageSettings(image_size=side, mean=mean, std=std)
+    filters = [name for name, number in _RESAMPLING.items() if number == processor.resample]
+    if not filters:
+        raise _unusable(folder, f"the resize filter {processor.resample}")
+    fit = _image_fit(folder, processor, side)
+    return ImageSettings(image_size=side, mean=mean, std=std, resize=filters[0], fit=fit)
+
+
+def _image_fit(folder: Path, processor: CLIPImageProcessor, side: int) -> ImageFit:
+    """Find out how images become squares of the model's size."""
+    size, cut = dict(processor.size), dict(processor.crop_size or {})
+    square = {"height": side, "width": side}
+    if size == square:
+        return "squash"
+    if size == {"shortest_edge": side} and cut == square and processor.do_center_crop:
+        return "crop"
+    raise _unusable(folder, f"images resized to {size} and cut to {cut} for an input of {side}")
 
 
 def _unusable(folder: Path, found: str) -> DataError:

@@ -5,20 +5,22 @@ Dims: B batch, N segments in the batch, E joint-embedding width.
 Reference: arXiv 2410.11817 (segment-level score, reweighting).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from segalign.errors import DataError
-from segalign.formats.clip_scorer import ClipScorer, load_clip_scorer
+from segalign.formats.clip_scorer import ResizeFilter, Scorer, load_clip_scorer
 from segalign.rewards.common_direction import CommonDirection
 from segalign.rewards.decomposition import common_share, reweight, text_irrelevant
-from segalign.rewards.image_preprocessing import ResizeFilter
+from segalign.rewards.protocol import FrozenReward, check_batch
 from segalign.rewards.segment_scorer import SegmentFeatures, SegmentScorer
 from segalign.text.segmenter import Segmenter
+from segalign.text.tokenizer import TextCleaning
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +40,7 @@ class ScoreParts:
     segment_scores: list[Tensor]
 
 
-class ClipReward(nn.Module):
+class ClipReward(FrozenReward):
     """Score images against captions with a CLIP model, whole or segment by segment.
 
     The score is the inner product of the unit image features and the text features: those of the
@@ -46,12 +48,13 @@ class ClipReward(nn.Module):
     of the segments' scores; it is shorter than 1 where segments differ.
 
     Args:
-        scorer: Model, tokenizer and image settings; the model is frozen.
+        scorer: Model, tokenizer and image settings; the model is frozen and shared, not copied.
         segmenter: Splits captions; None scores them whole.
         renormalize: Scale the mean of segments to length 1 again.
         common_direction: Estimate of V; None leaves scores as they are.
         omega: Factor of the text-irrelevant part, in [0, 1].
-        resize: See ``ImagePreprocessing``.
+        cleaning: Repair of texts, see ``clean_text``; None is the model's own.
+        resize: Filter; None is the model's own.
         crop: See ``ImagePreprocessing``.
         seed: Seed of the crop.
         cache_bytes: Bound on the memory of cached text features.
@@ -59,13 +62,14 @@ class ClipReward(nn.Module):
 
     def __init__(
         self,
-        scorer: ClipScorer,
+        scorer: Scorer,
         *,
         segmenter: Segmenter | None = None,
         renormalize: bool = False,
         common_direction: CommonDirection | None = None,
         omega: float = 1.0,
-        resize: ResizeFilter = "bicubic",
+        cleaning: TextCleaning | None = None,
+        resize: ResizeFilter | None = None,
         crop: int | None = None,
         seed: int = 0,
         cache_bytes: int = 64 * 2**20,
@@ -74,13 +78,13 @@ class ClipReward(nn.Module):
         self.scorer = SegmentScorer(
             scorer,
             segmenter=segmenter,
+            cleaning=cleaning,
             resize=resize,
             crop=crop,
             seed=seed,
             cache_bytes=cache_bytes,
         )
-        self.scorer.requires_grad_(False)
-        nn.Module.eval(self.scorer)
+        self.freeze()
         self.renormalize = renormalize
         self.common_direction = common_direction
         self.omega = omega
@@ -90,8 +94,19 @@ class ClipReward(nn.Module):
         """Read the model from a folder or the hub; ``settings`` are those of the constructor."""
         return cls(load_clip_scorer(source), **settings)  # type: ignore[arg-type]
 
+    @override
+    def networks(self) -> Iterable[nn.Module]:
+        """List the scorer alone: an estimate of V may learn in training mode."""
+        return (self.scorer,)
+
     def forward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Score each image against its own caption: see ``Reward``."""
+        """Score each image against its own caption: see ``Reward``.
+
+        Raises:
+            DataError: If images and captions do not fit, or features are not finite.
+            NonFiniteError: If an image is not finite.
+        """
+        check_batch(images, captions)
         text_features = self.text_features(captions)
         if self.common_direction is not None:
             direction = self.common_direction(text_features)
@@ -99,8 +114,13 @@ class ClipReward(nn.Module):
         return (self.image_features(images) * text_features).sum(dim=-1)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Encode images in [0, 1] to unit vectors ``(B, E)``; differentiable in the images."""
-        return self.scorer.image_features(images)
+        """Encode images in [0, 1] to unit vectors ``(B, E)``; differentiable in the images.
+
+        Raises:
+            DataError: If the model gives features that are not finite.
+        """
+        self.freeze()
+        return check_features(self.scorer.image_features(images), "image")
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
         """Encode captions to ``(B, E)``: unit vectors, or means of segments' unit vectors."""
@@ -112,17 +132,26 @@ class ClipReward(nn.Module):
         Raises:
             DataError: If the model gives features that are not finite.
         """
+        self.freeze()
         with torch.no_grad():
             segments = self.scorer.segment_features(captions)
-        if not torch.isfinite(segments.features).all():
-            raise DataError(
-                "expected finite text features of the scorer; got NaN; check its weights and dtype"
-            )
+        check_features(segments.features, "text")
         return segments
 
     def split(self, caption: str) -> list[str]:
         """Split a caption into the texts that are scored."""
         return self.scorer.split(caption)
+
+    def segment_scores(self, images: Tensor, captions: Sequence[str]) -> list[Tensor]:
+        """Score each image against each segment of its caption, for reports; no gradient.
+
+        Returns:
+            Scores ``(n,)`` for each caption, plain: no common direction, whatever the reward has.
+            The segments are those of `split`.
+        """
+        check_batch(images, captions)
+        with torch.no_grad():
+            return _scores_of(self.segment_features(captions), self.image_features(images))
 
     def score_parts(self, images: Tensor, captions: Sequence[str]) -> ScoreParts:
         """Score images and take the scores apart, for logs and reports; no gradient.
@@ -132,6 +161,7 @@ class ClipReward(nn.Module):
         """
         if self.common_direction is None:
             raise ValueError("expected a common direction; the reward has none; give it one")
+        check_batch(images, captions)
         with torch.no_grad():
             image_features = self.image_features(images)
             segments = self.segment_features(captions)
@@ -139,11 +169,28 @@ class ClipReward(nn.Module):
             direction = self.common_direction(text)
             plain = (image_features * text).sum(dim=-1)
             along = (image_features * text_irrelevant(text, direction)).sum(dim=-1)
-            pairs = zip(segments.split(), image_features, strict=True)
-            scores = [part @ image for part, image in pairs]
+            scores = _scores_of(segments, image_features)
         return ScoreParts(plain - along, along, common_share(text, direction), scores)
 
     def _mean(self, segments: SegmentFeatures) -> Tensor:
         """Average each caption's segments, ``(B, E)``."""
         means = segments.mean()
         return F.normalize(means, dim=-1) if self.renormalize else means
+
+
+def check_features(features: Tensor, of: str) -> Tensor:
+    """Return features ``(N, E)`` of an image or text tower, if they are finite.
+
+    Raises:
+        DataError: If they are not.
+    """
+    if not torch.isfinite(features).all():
+        raise DataError(
+            f"expected finite {of} features of the scorer; got NaN; check its weights and dtype"
+        )
+    return features
+
+
+def _scores_of(segments: SegmentFeatures, image_features: Tensor) -> list[Tensor]:
+    pairs = zip(segments.split(), image_features, strict=True)
+    return [part @ image.to(part) for part, image in pairs]

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -26,6 +27,9 @@ from segalign.rewards.decomposition import common_share, unit_mean
 
 MIN_BATCH = 64
 MIN_CORPUS = 512
+ESTIMATE_COMMAND = "python main.py direction estimate"
+# float32 keeps the length of a vector of 2**12 numbers much better.
+_UNIT_TOLERANCE = 1e-3
 _KEY = "common_direction"
 _logger = logging.getLogger(__name__)
 
@@ -51,8 +55,8 @@ class Provenance:
 
     Attributes:
         model: Name of the model, for people.
-        model_digest: Digest of its text weights.
-        text: How captions became features: segmenter and pooling, for people.
+        model_digest: Digest of its text weights and their projection.
+        text: How captions became features: see ``describe_text``.
         captions_digest: Digest of the captions, in order.
         num_captions: Their number.
     """
@@ -76,6 +80,11 @@ class CorpusMean:
         total = text_features.detach().double().cpu().sum(dim=0)
         self._total = total if self._total is None else self._total + total
         self.count += len(text_features)
+
+    @property
+    def norm(self) -> float:
+        """Length of the mean, which is the mean common share; 0 without captions."""
+        return 0.0 if self._total is None else (self._total / self.count).norm().item()
 
     def direction(self) -> Tensor:
         """Return V, float64 ``(E,)``.
@@ -116,7 +125,7 @@ class CorpusDirection(nn.Module):
             raise DataError(
                 f"expected a common direction of width {text_features.shape[-1]}, the model's; "
                 f"got {len(self.direction)}, estimated with {self.provenance.model}; estimate one "
-                "for this model"
+                f"for this model with `{ESTIMATE_COMMAND}`"
             )
         return self.direction.to(text_features)
 
@@ -130,7 +139,7 @@ class CorpusDirection(nn.Module):
             raise DataError(
                 f"expected a common direction of this model's text weights ({model_digest[:12]}); "
                 f"got one of {self.provenance.model} ({self.provenance.model_digest[:12]}); "
-                "estimate one for this model"
+                f"estimate one for this model with `{ESTIMATE_COMMAND}`"
             )
 
     def save(self, path: Path) -> None:
@@ -148,14 +157,15 @@ class CorpusDirection(nn.Module):
         """
         if not path.is_file():
             raise ConfigError(
-                f"expected a common direction at `{path}`; there is no such file; save one of "
-                "`CorpusMean` there first"
+                f"expected a common direction at `{path}`; there is no such file; make it with "
+                f"`{ESTIMATE_COMMAND}`"
             )
         try:
             with safe_open(path, framework="pt") as file:
                 facts = dict(file.metadata() or {})
                 direction = file.get_tensor(_KEY)
             facts["num_captions"] = int(facts["num_captions"])
+            _check_unit(direction)
             return cls(direction, Provenance(**facts))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise DataError(
@@ -177,9 +187,10 @@ class BatchDirection(nn.Module):
             self._warned = True
             _logger.warning(
                 "the common direction is estimated from %d captions; the text-relevant part of "
-                "each is weakened by up to 1/%d; use a direction of a corpus",
+                "each is weakened by up to 1/%d; use a direction of a corpus, made with `%s`",
                 count,
                 count,
+                ESTIMATE_COMMAND,
             )
         return unit_mean(total, count).to(text_features)
 
@@ -195,8 +206,7 @@ class EmaDirection(nn.Module):
 
     def __init__(self, decay: float = 0.99) -> None:
         super().__init__()
-        if not 0 <= decay < 1:
-            raise ConfigError(f"expected `decay` in [0, 1); got {decay}; try 0.99")
+        check_decay(decay)
         self.decay = decay
         self.register_buffer("mean", torch.zeros(0, dtype=torch.float64))
 
@@ -213,6 +223,16 @@ class EmaDirection(nn.Module):
         if (saved := state_dict.get(f"{prefix}mean")) is not None:
             self.mean = torch.empty_like(saved, device=self.mean.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def check_decay(decay: float) -> None:
+    """Refuse a decay outside [0, 1).
+
+    Raises:
+        ConfigError: If it is.
+    """
+    if not 0 <= decay < 1:
+        raise ConfigError(f"expected `decay` in [0, 1); got {decay}; try 0.99")
 
 
 def sum_over_ranks(text_features: Tensor) -> tuple[Tensor, int]:
@@ -248,16 +268,28 @@ class ShareStatistics:
 def share_statistics(
     batches: Iterable[Tensor], common_direction: Tensor
 ) -> tuple[ShareStatistics, Tensor]:
-    """Compute statistics of the common shares of many features.
+    """Compute statistics of the common shares of any number of features.
 
     Args:
         batches: Features ``(B, E)``, batch by batch.
         common_direction: V, ``(E,)``.
 
     Returns:
-        The statistics, and all shares, float64.
+        The statistics, and all shares, float64 on the CPU: 8 bytes for each feature.
     """
     direction = common_direction.double()
-    shares = torch.cat([common_share(batch.double(), direction) for batch in batches])
-    low, high = torch.quantile(shares, torch.tensor([0.05, 0.95], dtype=shares.dtype)).tolist()
+    shares = torch.cat([common_share(batch.double(), direction).cpu() for batch in batches])
+    # NumPy's quantile, because PyTorch's takes no more than 2**24 numbers.
+    low, high = np.quantile(shares.numpy(), [0.05, 0.95]).tolist()
     return ShareStatistics(shares.mean().item(), shares.std().item(), low, high), shares
+
+
+def _check_unit(direction: Tensor) -> None:
+    """Refuse what is no unit vector.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    norm = direction.norm().item()
+    if direction.ndim != 1 or not abs(norm - 1) < _UNIT_TOLERANCE:
+        raise ValueError(f"no unit vector, but shape {tuple(direction.shape)} of length {norm:.4g}")

@@ -3,51 +3,43 @@
 Dims: B batch, H/W pixels, S side of the tower's input.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segalign.errors import ConfigError
 from segalign.formats.clip_scorer import ImageSettings
+from segalign.formats.clip_scorer import ResizeFilter as ResizeFilter
 from segalign.rng import counter_uniform
-
-ResizeFilter = Literal["bicubic", "bilinear"]
 
 
 class ImagePreprocessing(nn.Module):
-    """Crop if asked, resize the short side, crop the centre, normalise.
+    """Crop if asked, resize, make square, normalise.
 
     Args:
-        settings: The tower's input size, mean and deviation.
-        resize: Filter, with antialiasing. CLIP's own is ``bicubic``; the official rewards use
-            ``bilinear``.
+        settings: What the model's own pipeline does.
+        resize: Another filter than the model's; the official rewards use ``bilinear``. With
+            antialiasing.
         crop: Side of a square that is cut out of the images first, at one random place for the
             whole batch; the official rewards cut 504 of 512 pixels, against artefacts of blocks.
             None cuts nothing.
         seed: With the step, decides the place of the random crop.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         settings: ImageSettings,
         *,
-        resize: ResizeFilter = "bicubic",
+        resize: ResizeFilter | None = None,
         crop: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.settings = settings
-        self.resize = resize
+        self.resize: ResizeFilter = resize or settings.resize
         self.crop = crop
         self.seed = seed
         self.step = 0
-        for name, values in (("mean", settings.mean), ("std", settings.std)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images in [0, 1], ``(B, 3, H, W)``, to ``(B, 3, S, S)``.
@@ -59,7 +51,12 @@ class ImagePreprocessing(nn.Module):
             top, left = self.crop_place(*images.shape[-2:])
             images = images[..., top : top + self.crop, left : left + self.crop]
         images = self._to_square(images)
-        return (images - self.mean.to(images)) / self.std.to(images)
+        # Not buffers: a module cast to bfloat16 would round them.
+        mean, std = (
+            torch.tensor(values, dtype=images.dtype, device=images.device).view(3, 1, 1)
+            for values in (self.settings.mean, self.settings.std)
+        )
+        return (images - mean) / std
 
     def crop_place(self, height: int, width: int) -> tuple[int, int]:
         """Draw the top left corner of the crop: a function of (seed, step) alone."""
@@ -75,12 +72,29 @@ class ImagePreprocessing(nn.Module):
         return top, left
 
     def _to_square(self, images: Tensor) -> Tensor:
-        """Resize the short side to S, and cut the centre."""
+        """Resize, and cut the centre or fill up where an image is no square."""
         side = self.settings.image_size
         height, width = images.shape[-2:]
-        short = min(height, width)
-        size = (side * height // short, side * width // short)
+        size = self._resized(height, width)
         if size != (height, width):
             images = F.interpolate(images, size, mode=self.resize, antialias=True)
-        top, left = (size[0] - side) // 2, (size[1] - side) // 2
+        if self.settings.fit == "pad":
+            rooms = [side - size[1], side - size[0]]
+            return F.pad(images, [part for room in rooms for part in (room // 2, room - room // 2)])
+        top, left = (self._half(length - side) for length in size)
         return images[..., top : top + side, left : left + side]
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Compute height and width after resizing."""
+        side, fit = self.settings.image_size, self.settings.fit
+        if fit == "squash":
+            return side, side
+        if fit == "pad":
+            long = max(height, width)
+            return round(side * height / long), round(side * width / long)
+        short = min(height, width)
+        return side * height // short, side * width // short
+
+    def _half(self, margin: int) -> int:
+        """Halve what is cut."""
+        return margin // 2 if self.settings.round_half == "down" else round(margin / 2)

@@ -1,5 +1,6 @@
 """Weighted sums of rewards."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from segalign.errors import ConfigError, DataError
-from segalign.rewards.protocol import Reward
+from segalign.rewards.protocol import Reward, RewardSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +31,12 @@ class RewardMixture(nn.Module):
         parts: The rewards by name.
 
     Raises:
-        ConfigError: If there is none, or a weight is not finite.
+        ConfigError: See `check_parts`.
     """
 
     def __init__(self, parts: Mapping[str, WeightedReward]) -> None:
         super().__init__()
-        if not parts:
-            raise ConfigError("expected at least one reward in a mixture; got none; name one")
-        for name, part in parts.items():
-            if not torch.isfinite(torch.tensor(part.weight)):
-                raise ConfigError(
-                    f"expected a finite weight of the reward `{name}`; got {part.weight}; change it"
-                )
+        check_parts(parts)
         self.weights = {name: part.weight for name, part in parts.items()}
         self.rewards = {name: part.reward for name, part in parts.items()}
         # Registered, so that moves and modes reach the networks.
@@ -71,3 +66,56 @@ class RewardMixture(nn.Module):
     def combine(self, scores: Mapping[str, Tensor]) -> Tensor:
         """Sum scores by name with the weights, ``(B,)``."""
         return torch.stack([weight * scores[name] for name, weight in self.weights.items()]).sum(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixturePart:
+    """A reward's part in the settings of a mixture.
+
+    Args:
+        reward: The settings of the reward.
+        weight: Its factor, finite; negative to punish.
+    """
+
+    reward: RewardSource
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The weighted sum of several rewards, as a config names it.
+
+    Args:
+        parts: The rewards by the names that they are reported under.
+    """
+
+    parts: dict[str, MixturePart]
+
+    def load(self) -> RewardMixture:
+        """Read all rewards; see ``RewardSource``."""
+        check_parts(self.parts)
+        return RewardMixture(
+            {
+                name: WeightedReward(reward=part.reward.load(), weight=part.weight)
+                for name, part in self.parts.items()
+            }
+        )
+
+
+def check_parts(parts: Mapping[str, WeightedReward | MixturePart]) -> None:
+    """Refuse a mixture that cannot be.
+
+    Raises:
+        ConfigError: If there is no part, a name has a dot or none, or a weight is not finite.
+    """
+    if not parts:
+        raise ConfigError("expected at least one reward in a mixture; got none; name one")
+    for name, part in parts.items():
+        if not name or "." in name:
+            raise ConfigError(
+                f"expected a name without dots for a reward in a mixture; got `{name}`; rename it"
+            )
+        if not math.isfinite(part.weight):
+            raise ConfigError(
+                f"expected a finite weight of the reward `{name}`; got {part.weight}; change it"
+            )

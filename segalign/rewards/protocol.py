@@ -1,9 +1,19 @@
-"""What a reward is."""
+"""What a reward is.
 
-from collections.abc import Sequence
-from typing import Protocol
+Dims: B batch, H/W pixels.
+"""
 
-from torch import Tensor
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from segalign.errors import DataError, NonFiniteError
+
+# Decoded images may overshoot [0, 1] a little; bytes, and [-1, 1], are elsewhere.
+_SLACK = 0.5
 
 
 class Reward(Protocol):
@@ -20,3 +30,90 @@ class Reward(Protocol):
             Rewards ``(B,)``, higher is better, unscaled; differentiable in the images.
         """
         ...
+
+
+class RewardSource(Protocol):
+    """The settings of a reward: what a config names. Making it is cheap and reads nothing."""
+
+    # Any: the parser of configs accepts a narrower type for nothing else.
+    def load(self) -> Any:
+        """Read the weights and make the reward; each call makes another, which shares nothing.
+
+        Returns:
+            A ``Reward``.
+
+        Raises:
+            ConfigError: If a setting cannot work, or weights are not there.
+            DataError: If weights are damaged or foreign.
+        """
+        ...
+
+
+class FrozenReward(nn.Module):
+    """A reward whose networks stay frozen and in evaluation mode, whatever a parent is told.
+
+    ``parent.train()`` leaves them in evaluation mode. ``parent.requires_grad_()`` sets weights one
+    by one, unseen from here; they are frozen again before they are used.
+    """
+
+    def networks(self) -> Iterable[nn.Module]:
+        """List what is kept frozen: all children."""
+        return self.children()
+
+    def freeze(self) -> None:
+        """Freeze the networks and put them in evaluation mode; call it before they are used."""
+        for network in self.networks():
+            network.requires_grad_(False)
+            if any(module.training for module in network.modules()):
+                network.eval()
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of everything but the networks."""
+        super().train(mode)
+        for network in self.networks():
+            network.eval()
+        return self
+
+    @override
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Leave the networks frozen."""
+        super().requires_grad_(requires_grad)
+        self.freeze()
+        return self
+
+
+def check_batch(images: Tensor, captions: Sequence[str]) -> None:
+    """Refuse what no reward can score.
+
+    Args:
+        images: Should be float, in [0, 1], ``(B, 3, H, W)``.
+        captions: Should be ``B`` captions.
+
+    Raises:
+        DataError: If shapes, number types or ranges are others.
+        NonFiniteError: If an image is not finite.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise DataError(
+            f"expected images (B, 3, H, W) for a reward; got shape {tuple(images.shape)}; "
+            "give a batch of RGB images"
+        )
+    if isinstance(captions, str) or len(captions) != len(images):
+        found = "one text" if isinstance(captions, str) else f"{len(captions)} captions"
+        raise DataError(
+            f"expected one caption for each of {len(images)} images; got {found}; pair them"
+        )
+    if not images.is_floating_point():
+        raise DataError(
+            f"expected float images in [0, 1] for a reward; got {images.dtype}; divide bytes by 255"
+        )
+    low, high = (bound.item() for bound in torch.aminmax(images.detach().float()))
+    if not (torch.isfinite(torch.tensor([low, high])).all()):
+        raise NonFiniteError(
+            "expected finite images for a reward; got NaN or infinity; see what made the images"
+        )
+    if low < -_SLACK or high > 1 + _SLACK:
+        raise DataError(
+            f"expected images in [0, 1] for a reward; got {low:.3g} to {high:.3g}; rescale them"
+        )

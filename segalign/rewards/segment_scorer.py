@@ -5,18 +5,20 @@ Rewards use it frozen, preference training with gradients.
 Dims: B batch, N texts, E joint-embedding width, H/W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segalign.formats.clip_scorer import ClipScorer
-from segalign.rewards.image_preprocessing import ImagePreprocessing, ResizeFilter
+from segalign.formats.clip_scorer import ResizeFilter, Scorer
+from segalign.rewards.image_preprocessing import ImagePreprocessing
 from segalign.text.clip_tower import ClipTower
 from segalign.text.long_segments import cut_segment
 from segalign.text.segmenter import Segmenter
+from segalign.text.tokenizer import TextCleaning
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ class SegmentFeatures:
 
 
 class SegmentScorer(nn.Module):
-    """Embed images and texts with a CLIP-type model.
+    """Embed images and texts with a CLIP-type model, of transformers or ``open_clip``.
 
     A text's features depend on it alone, whatever it is batched with; equal texts are encoded once,
     in a few passes of similar lengths.
@@ -53,56 +55,83 @@ class SegmentScorer(nn.Module):
     Args:
         scorer: Model, tokenizer and image settings; the model stays as trainable as it is.
         segmenter: Splits captions; None takes them whole.
-        resize: See ``ImagePreprocessing``.
+        cleaning: Repair of texts, see ``clean_text``; None is the model's own.
+        resize: Filter; None is the model's own.
         crop: See ``ImagePreprocessing``.
         seed: Seed of the crop.
         cache_bytes: Bound on the memory of cached text features of a frozen model.
     """
 
+    tower: ClipTower
+
     def __init__(
         self,
-        scorer: ClipScorer,
+        scorer: Scorer,
         *,
         segmenter: Segmenter | None = None,
-        resize: ResizeFilter = "bicubic",
+        cleaning: TextCleaning | None = None,
+        resize: ResizeFilter | None = None,
         crop: int | None = None,
         seed: int = 0,
         cache_bytes: int = 64 * 2**20,
     ) -> None:
         super().__init__()
-        self.model = scorer.model
-        self.tower = ClipTower(scorer.model.text_model, scorer.tokenizer, cache_bytes=cache_bytes)
+        self.model: Any = scorer.model
+        # Not registered: the text model has its name, place and mode within the model.
+        tower = ClipTower(
+            scorer.text_tower(),
+            scorer.tokenizer,
+            cache_bytes=cache_bytes,
+            cleaning=cleaning or scorer.cleaning,
+        )
+        object.__setattr__(self, "tower", tower)
         self.segmenter = segmenter
         self.preprocessing = ImagePreprocessing(
             scorer.image_settings, resize=resize, crop=crop, seed=seed
         )
+        self._parts = scorer
+
+    @property
+    def width(self) -> int:
+        """Joint-embedding width E."""
+        return self._parts.width
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Log of the inverse temperature, ``(1,)``, with which the model was trained."""
+        return self._parts.logit_scale
 
     def image_features(self, images: Tensor) -> Tensor:
         """Embed images in [0, 1], ``(B, 3, H, W)``, as unit vectors ``(B, E)``.
 
         Differentiable in the images, and in the model's weights where those are trained.
         """
-        pixels = self.preprocessing(images).to(self.model.dtype)
-        states = self.model.vision_model(pixel_values=pixels).pooler_output
-        features: Tensor = self.model.visual_projection(states)
+        features = self._parts.encode_image(self.preprocessing(images))
         return F.normalize(features.to(images.dtype), dim=-1)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Embed texts, cut at the context, as unit vectors ``(N, E)``, in float32 at least."""
-        states = self.tower.end_states(texts)
-        features: Tensor = self.model.text_projection(states.to(self.model.dtype))
+        features = self._parts.project_text(self.tower.end_states(texts))
         if features.dtype in (torch.float16, torch.bfloat16):
             features = features.float()
         return F.normalize(features, dim=-1)
 
-    def segment_features(self, captions: Sequence[str]) -> SegmentFeatures:
+    def segment_features(
+        self,
+        captions: Sequence[str],
+        encode: Callable[[Sequence[str]], Tensor] | None = None,
+    ) -> SegmentFeatures:
         """Embed the segments of captions, over-long ones cut further.
 
         Without a segmenter a caption is one segment, of which the context's worth is read.
+
+        Args:
+            captions: ``B`` captions.
+            encode: Embeds the segments instead of ``text_features``, for instance in chunks.
         """
         split = [self.split(caption) for caption in captions]
         texts = [text for one in split for text in one]
-        features = self.text_features(texts)
+        features = (encode or self.text_features)(texts)
         counts = torch.tensor([len(one) for one in split], device=features.device)
         rows = torch.arange(len(split), device=features.device)
         return SegmentFeatures(features, rows.repeat_interleave(counts), texts)

@@ -27,7 +27,7 @@ from segalign.text.frozen_features import (
 from segalign.text.lru_cache import LruCache
 from segalign.text.passes import plan_passes
 from segalign.text.text_states import TextModel, check_model, text_states
-from segalign.text.tokenizer import TokenIds, word_token_ids
+from segalign.text.tokenizer import TextCleaning, TokenIds, word_token_ids
 
 _MAX_CACHED_TEXTS = 65_536
 _MAX_CACHED_CHARS = 2048
@@ -72,6 +72,7 @@ class ClipTower(nn.Module):
             -2 the last layer but one, as in SDXL.
         cache_bytes: Bound on the memory of cached features of a frozen model, on its device.
         store: Features of a frozen model on disk, asked for what the cache lacks.
+        cleaning: Repair of texts before they are tokenized: see ``clean_text``.
         width_step: Lengths are rounded up to a multiple of this. Small: less padding; large:
             fewer passes. Without multiples of 4 features are equal but for the last bits: the
             CPU's kernels add up 3, 5 or 6 rows in another order than many.
@@ -90,6 +91,7 @@ class ClipTower(nn.Module):
         layer: int = -1,
         cache_bytes: int = 256 * 2**20,
         store: FeatureStore | None = None,
+        cleaning: TextCleaning = "ftfy",
         width_step: int = 4,
         max_pass_tokens: int = 8192,
     ) -> None:
@@ -98,6 +100,7 @@ class ClipTower(nn.Module):
         self.tokenizer = tokenizer
         self.layer = layer
         self.store = store
+        self.cleaning: TextCleaning = cleaning
         self.width_step = width_step
         self.max_pass_tokens = max_pass_tokens
         self.context_length: int = text_model.config.max_position_embeddings
@@ -134,7 +137,7 @@ class ClipTower(nn.Module):
         """Return the word tokens of a text, without start and end, of any number."""
         token_ids = self._word_ids.get(text)
         if token_ids is None:
-            token_ids = word_token_ids(text, self.tokenizer)
+            token_ids = word_token_ids(text, self.tokenizer, self.cleaning)
             self._word_ids.put(text, token_ids, 1 if len(text) <= _MAX_CACHED_CHARS else 2**62)
         return token_ids
 

@@ -61,6 +61,15 @@ class OpenClipText(nn.Module):
         dtype: torch.dtype = self.transformer.get_cast_dtype()
         return dtype
 
+    @property
+    def projected_width(self) -> int:
+        """Width of projected states, E."""
+        projection = self.text_projection
+        if projection is None:
+            return int(self.config.hidden_size)
+        linear = isinstance(projection, nn.Linear)
+        return int(projection.out_features if linear else projection.shape[1])
+
     def forward(self, *, input_ids: Tensor) -> BaseModelOutput:
         """Encode token ids, int64 ``(N, S)``.
 
@@ -70,7 +79,9 @@ class OpenClipText(nn.Module):
         length = input_ids.shape[1]
         positions = self.positional_embedding[:length].to(self.dtype)
         states = self.token_embedding(input_ids).to(self.dtype) + positions
-        states = self.transformer(states, attn_mask=self.attn_mask[:length, :length])
+        # The mask stays behind where the weights are moved by way of the whole model.
+        mask = self.attn_mask[:length, :length].to(states)
+        states = self.transformer(states, attn_mask=mask)
         return BaseModelOutput(last_hidden_state=self.ln_final(states))
 
     def project(self, final_states: Tensor) -> Tensor:

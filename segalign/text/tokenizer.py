@@ -1,10 +1,12 @@
 """The CLIP byte-pair tokenizer, offline, and the text cleaning that the original one applies."""
 
 import gzip
+import html
 import re
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
+from typing import Literal
 
 import ftfy
 import numpy as np
@@ -18,6 +20,8 @@ CONTEXT_LENGTH = 77
 VOCAB_SIZE = 49_408
 
 TokenIds = tuple[int, ...]
+# What happens to a text before it is tokenized: see `clean_text`.
+TextCleaning = Literal["none", "ftfy", "open_clip"]
 
 _VOCAB_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -55,23 +59,41 @@ def clip_tokenizer(pad_token: str = _END) -> CLIPTokenizer:
     )
 
 
-def clean_text(text: str) -> str:
-    """Repair text as the original CLIP tokenizer does before it splits words (``ftfy``).
+def clean_text(text: str, cleaning: TextCleaning = "ftfy") -> str:
+    """Repair text as a model's own tokenizer does before it splits words.
 
-    Curly quotes become straight, full-width letters narrow, HTML entities characters; control
-    characters go and lone surrogates become U+FFFD, so that the result can always be encoded.
+    Args:
+        text: Any text.
+        cleaning: ``ftfy`` makes curly quotes straight, full-width letters narrow and HTML entities
+            characters, and drops control characters, as Stable Diffusion's tokenizer does.
+            ``open_clip`` also unescapes HTML that is escaped twice or stands beside ``<``, as
+            OpenAI's CLIP and ``open_clip`` do. ``none`` leaves the text, as the fast tokenizers of
+            transformers do.
+
+    Returns:
+        The text; lone surrogates have become U+FFFD, so that it can always be encoded.
     """
-    return text if _PLAIN.fullmatch(text) else ftfy.fix_text(text)
+    if _PLAIN.fullmatch(text):
+        return text
+    if cleaning == "none":
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    fixed: str = ftfy.fix_text(text)
+    if cleaning == "ftfy":
+        return fixed
+    # Lower case here, because the tokenizer's own knows no final sigma.
+    return " ".join(html.unescape(html.unescape(fixed)).split()).lower()
 
 
-def word_token_ids(text: str, tokenizer: CLIPTokenizer) -> TokenIds:
+def word_token_ids(
+    text: str, tokenizer: CLIPTokenizer, cleaning: TextCleaning = "ftfy"
+) -> TokenIds:
     """Tokenize cleaned text without start, end, padding and truncation.
 
     The names of special tokens (``<|endoftext|>``) inside a text are ordinary words here.
     """
     # One text at a time: as fast as a batch, and it starts no threads that a later fork would meet.
     backend = _plain_backend(tokenizer)
-    return tuple(backend.encode(clean_text(text), add_special_tokens=False).ids)
+    return tuple(backend.encode(clean_text(text, cleaning), add_special_tokens=False).ids)
 
 
 def char_token_positions(caption: str, tokenizer: CLIPTokenizer) -> NDArray[np.int64]:

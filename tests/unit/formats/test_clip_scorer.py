@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from segalign.errors import ConfigError, DataError
-from segalign.formats.clip_scorer import load_clip_scorer, save_clip_scorer
+from segalign.formats.clip_scorer import ImageSettings, load_clip_scorer, save_clip_scorer
 from segalign.text.tokenizer import VOCAB_SIZE
 
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -120,12 +120,42 @@ def test_saved_scorer_is_read_back_and_by_transformers(folder, tmp_path, model):
 
 def test_image_settings_of_a_processor_are_read(folder):
     processor = CLIPProcessor(
-        CLIPImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3),
+        CLIPImageProcessor(size=32, crop_size=32, image_mean=[0.5] * 3, image_std=[0.25] * 3),
         load_clip_scorer(str(folder)).tokenizer,
     )
     processor.save_pretrained(folder)
     assert (folder / "processor_config.json").is_file()
     assert load_clip_scorer(str(folder)).image_settings.mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash"])
+@pytest.mark.parametrize("resize", ["bicubic", "bilinear"])
+def test_filter_and_fit_are_kept(folder, tmp_path, fit, resize):
+    scorer = load_clip_scorer(str(folder))
+    settings = ImageSettings(image_size=32, fit=fit, resize=resize)
+    save_clip_scorer(scorer._replace(image_settings=settings), tmp_path / "out")
+    assert load_clip_scorer(str(tmp_path / "out")).image_settings == settings
+
+
+def test_padding_cannot_be_kept(folder, tmp_path):
+    scorer = load_clip_scorer(str(folder))
+    padded = scorer._replace(image_settings=ImageSettings(image_size=32, fit="pad"))
+    with pytest.raises(ConfigError, match=r"cropped or squashed .*; got `pad`"):
+        save_clip_scorer(padded, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"size": 40, "crop_size": 32}, "resized to {'shortest_edge': 40} and cut"),
+        ({"size": 32, "crop_size": 24}, "cut to {'height': 24, 'width': 24}"),
+        ({"size": 32, "crop_size": 32, "do_center_crop": False}, "for an input of 32"),
+        ({"size": 32, "crop_size": 32, "resample": 0}, "the resize filter 0"),
+    ],
+)
+def test_images_prepared_in_other_ways_are_refused(folder, settings, found):
+    CLIPImageProcessor(**settings).save_pretrained(folder)
+    assert found in refused(folder)
 
 
 def test_what_is_missing_is_clips_own(folder):

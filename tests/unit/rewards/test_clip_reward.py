@@ -2,41 +2,22 @@
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from torch import nn
 
-from segalign.errors import ConfigError, DataError
-from segalign.formats.clip_scorer import ClipScorer, ImageSettings
+from segalign.errors import ConfigError, DataError, NonFiniteError
+from segalign.formats.clip_scorer import ImageSettings
 from segalign.rewards.clip_reward import ClipReward
+from segalign.rewards.common_direction import EmaDirection
 from segalign.rewards.decomposition import common_share
 from segalign.rewards.image_preprocessing import ImagePreprocessing
 from segalign.text.segmenter import SentenceSegmenter
-from segalign.text.tokenizer import clip_tokenizer
 
 CAPTIONS = ["A red fox sits on a wall. It is night. The moon shines.", "Two owls."]
 
 
-def make_scorer() -> ClipScorer:
-    torch.manual_seed(0)
-    text = {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 49408,
-        "num_attention_heads": 2, "bos_token_id": 49406, "eos_token_id": 49407,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "image_size": 16,
-        "num_attention_heads": 2, "patch_size": 8,
-    }  # fmt: skip
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
-    return ClipScorer(CLIPModel(config), clip_tokenizer(), ImageSettings(image_size=16))
-
-
-@pytest.fixture(scope="module")
-def scorer():
-    return make_scorer()
-
-
 @pytest.fixture
-def images():
-    return torch.rand(2, 3, 24, 20, generator=torch.Generator().manual_seed(1))
+def scorer(make_hugging_face):
+    return make_hugging_face()
 
 
 def direction(text_features):
@@ -54,20 +35,7 @@ def test_a_short_caption_scores_as_in_transformers(scorer, images):
     torch.testing.assert_close(ClipReward(scorer)(images, ["Two owls.", "A fox."]), expected)
 
 
-@pytest.mark.parametrize("size", [(24, 20), (16, 16), (40, 17), (9, 30)], ids=str)
-def test_preprocessing_is_that_of_clip(size):
-    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2))
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_rescale=False
-    )
-    theirs = processor(images, return_tensors="pt")["pixel_values"]
-    ours = ImagePreprocessing(ImageSettings(image_size=16))(images)
-    assert ours.shape == theirs.shape
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-
-
-def test_the_gradient_through_the_preprocessing_is_exact():
-    scorer = make_scorer()
+def test_the_gradient_through_the_preprocessing_is_exact(scorer):
     scorer.model.double()
     reward = ClipReward(
         scorer, segmenter=SentenceSegmenter(), common_direction=direction, omega=0.3, crop=20
@@ -122,8 +90,8 @@ def test_only_the_images_get_gradients(scorer, images):
     assert not any(module.training for module in reward.scorer.modules())
 
 
-def test_rewards_share_nothing(images):
-    first, second = ClipReward(make_scorer()), ClipReward(make_scorer())
+def test_rewards_share_nothing(make_hugging_face, images):
+    first, second = ClipReward(make_hugging_face()), ClipReward(make_hugging_face())
     before = second(images, CAPTIONS)
     with torch.no_grad():
         for weight in first.scorer.model.parameters():
@@ -149,8 +117,7 @@ def test_images_smaller_than_the_crop_are_refused(scorer, images):
         ClipReward(scorer, crop=504)(images, CAPTIONS)
 
 
-def test_text_features_that_are_not_finite_are_refused(images):
-    scorer = make_scorer()
+def test_text_features_that_are_not_finite_are_refused(scorer, images):
     scorer.model.text_projection.weight.data.fill_(torch.nan)
     with pytest.raises(DataError, match="expected finite text features of the scorer; got NaN"):
         ClipReward(scorer)(images, CAPTIONS)
@@ -159,3 +126,74 @@ def test_text_features_that_are_not_finite_are_refused(images):
 def test_parts_need_a_direction(scorer, images):
     with pytest.raises(ValueError, match="expected a common direction; the reward has none"):
         ClipReward(scorer).score_parts(images, CAPTIONS)
+
+
+def test_image_features_that_are_not_finite_are_refused(scorer, images):
+    scorer.model.visual_projection.weight.data.fill_(torch.nan)
+    with pytest.raises(DataError, match="expected finite image features of the scorer; got NaN"):
+        ClipReward(scorer)(images, CAPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "error", "message"),
+    [
+        (torch.rand(3, 20, 20), CAPTIONS, DataError, "got shape (3, 20, 20)"),
+        (torch.rand(2, 1, 20, 20), CAPTIONS, DataError, "got shape (2, 1, 20, 20)"),
+        (torch.rand(1, 3, 20, 20), CAPTIONS, DataError, "each of 1 images; got 2 captions"),
+        (torch.rand(2, 3, 20, 20), CAPTIONS[0], DataError, "got one text"),
+        (torch.ones(2, 3, 20, 20).byte(), CAPTIONS, DataError, "got torch.uint8; divide"),
+        (torch.ones(2, 3, 20, 20) * 255, CAPTIONS, DataError, "got 255 to 255; rescale"),
+        (-torch.ones(2, 3, 20, 20), CAPTIONS, DataError, "got -1 to -1; rescale"),
+        (torch.full((2, 3, 20, 20), torch.nan), CAPTIONS, NonFiniteError, "finite images"),
+    ],
+    ids=["one", "grey", "number", "text", "bytes", "to_255", "negative", "nan"],
+)
+def test_what_cannot_be_scored_is_refused(scorer, images, captions, error, message):
+    reward = ClipReward(scorer, common_direction=direction)
+    for score in (reward, reward.segment_scores, reward.score_parts):
+        with pytest.raises(error) as refusal:
+            score(images, captions)
+        assert message in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
+def test_segment_scores_need_no_direction(any_scorer, images):
+    reward = ClipReward(any_scorer, segmenter=SentenceSegmenter())
+    scores = reward.segment_scores(images, CAPTIONS)
+    assert [len(one) for one in scores] == [3, 1]
+    torch.testing.assert_close(torch.stack([s.mean() for s in scores]), reward(images, CAPTIONS))
+    decomposed = ClipReward(
+        any_scorer, segmenter=SentenceSegmenter(), common_direction=direction, omega=0.0
+    )
+    for one, other in zip(scores, decomposed.segment_scores(images, CAPTIONS), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_parent_cannot_train_a_reward(any_scorer, images):
+    direction = EmaDirection()
+    reward = ClipReward(any_scorer, common_direction=direction)
+    parent = nn.ModuleDict({"reward": reward, "own": nn.Linear(1, 1)}).train()
+    assert direction.training
+    assert not any(module.training for module in reward.scorer.modules())
+    parent.requires_grad_(True)
+    reward.scorer.model.train()
+    reward(images.requires_grad_(True), CAPTIONS).sum().backward()
+    assert not any(module.training for module in reward.scorer.modules())
+    assert all(not p.requires_grad and p.grad is None for p in reward.parameters())
+    reward.requires_grad_(True)
+    assert not any(p.requires_grad for p in reward.parameters())
+    assert images.grad.abs().sum() > 0
+
+
+def test_the_temperature_and_the_width_are_the_models(any_scorer):
+    any_scorer.model.logit_scale.data.fill_(3.0)
+    scorer = ClipReward(any_scorer).scorer
+    assert scorer.logit_scale.tolist() == [3.0]
+    assert scorer.width == scorer.text_features(["an owl"]).shape[1] == 12
+
+
+@pytest.mark.parametrize(("cleaning", "same"), [(None, False), ("none", False), ("ftfy", True)])
+def test_texts_of_hugging_face_models_are_not_cleaned_unless_asked(scorer, cleaning, same):
+    reward = ClipReward(scorer, cleaning=cleaning)
+    curly, straight = reward.text_features(["a \u201cred\u201d owl", 'a "red" owl'])
+    assert torch.equal(curly, straight) is same

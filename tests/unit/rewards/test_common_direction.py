@@ -1,6 +1,7 @@
 """Estimators of the common direction: what they return, remember, refuse."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -18,29 +19,32 @@ from segalign.rewards.decomposition import reweight, text_relevant, unit_mean
 
 E = 512
 FACTS = Provenance(
-    model="tiny", model_digest="a" * 64, text="sentence, mean", captions_digest="b" * 64,
+    model="tiny", model_digest="a" * 32, text="whole", captions_digest="b" * 32,
     num_captions=600,
 )  # fmt: skip
 
 
-def cone(count: int, seed: int = 0, share: float = 0.8) -> tuple[torch.Tensor, torch.Tensor]:
+def cone(
+    count: int, seed: int = 0, share: float = 0.8, width: int = E
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw unit vectors of a fixed share of one direction, and that direction."""
     generator = torch.Generator().manual_seed(seed)
-    own = torch.randn(count, E - 1, generator=generator, dtype=torch.float64)
+    own = torch.randn(count, width - 1, generator=generator, dtype=torch.float64)
     own /= own.norm(dim=1, keepdim=True)
     features = torch.cat([torch.full((count, 1), share), (1 - share**2) ** 0.5 * own], dim=1)
-    direction = torch.zeros(E, dtype=torch.float64)
+    direction = torch.zeros(width, dtype=torch.float64)
     direction[0] = 1
     return features, direction
 
 
 @pytest.mark.parametrize("omega", [0.0, 0.3])
-@pytest.mark.parametrize("batch_size", [2, 4, 16, 48])
-def test_own_part_that_survives_a_batch_estimate(batch_size, omega):
+@pytest.mark.parametrize("share", [0.48, 0.73, 0.9])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 8, 16, 48])
+def test_own_part_that_survives_a_batch_estimate(batch_size, share, omega):
     """It is 1 - (1 - omega) / B of a sample's text-relevant part; with a fixed V it is all."""
     survivals, kept = [], []
     for seed in range(8):
-        features, direction = cone(batch_size, seed)
+        features, direction = cone(batch_size, seed, share, width=1024)
         own = text_relevant(features, direction)
         for estimate, ratios in ((BatchDirection()(features), survivals), (direction, kept)):
             edited = reweight(features, estimate, omega)
@@ -60,7 +64,7 @@ def test_small_batches_warn_once(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             estimate(cone(63)[0])
-    assert [record.args for record in caplog.records] == [(63, 63)]
+    assert [record.args[:2] for record in caplog.records] == [(63, 63)]
     caplog.clear()
     BatchDirection()(cone(64)[0])
     assert not caplog.records
@@ -75,6 +79,8 @@ def test_the_corpus_mean_does_not_depend_on_batches():
     torch.testing.assert_close(parts.direction(), whole.direction(), rtol=0, atol=1e-14)
     torch.testing.assert_close(whole.direction(), unit_mean(features.sum(0), 600))
     assert whole.direction() @ direction > 0.999
+    assert whole.norm == pytest.approx(features.mean(0).norm().item(), abs=1e-14)
+    assert CorpusMean().norm == 0
 
 
 def test_a_small_corpus_is_refused():
@@ -92,23 +98,43 @@ def test_a_saved_direction_comes_back_with_its_provenance(tmp_path):
     assert loaded.provenance == FACTS
     assert torch.equal(loaded(cone(3)[0].float()), direction.float())
     assert not list(loaded.state_dict())
-    loaded.check_model("a" * 64)
+    loaded.check_model("a" * 32)
 
 
 def test_a_direction_of_another_model_is_refused(tmp_path):
     saved = CorpusDirection(cone(1)[1], FACTS)
-    with pytest.raises(DataError, match=r"of this model's text weights \(cccccccccccc\); got one"):
-        saved.check_model("c" * 64)
+    with pytest.raises(
+        DataError,
+        match=r"of this model's text weights \(cccccccccccc\); got one .*direction estimate",
+    ):
+        saved.check_model("c" * 32)
     with pytest.raises(DataError, match="of width 7, the model's; got 512"):
         saved(torch.zeros(2, 7))
 
 
 def test_what_is_no_direction_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match="there is no such file; save one"):
+    with pytest.raises(
+        ConfigError, match=r"no such file; make it with `python main.py direction estimate`"
+    ):
         CorpusDirection.load(tmp_path / "nowhere")
     (tmp_path / "v").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="expected a common direction in"):
         CorpusDirection.load(tmp_path / "v")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (torch.full((4,), float("nan")), "no unit vector, but shape (4,) of length nan"),
+        (torch.full((4,), 1.0), "no unit vector, but shape (4,) of length 2"),
+        (torch.full((2, 2), 0.5), "no unit vector, but shape (2, 2)"),
+    ],
+)
+def test_a_file_of_another_tensor_is_refused(tmp_path, tensor, found):
+    path = tmp_path / "v.safetensors"
+    CorpusDirection(tensor, FACTS).save(path)
+    with pytest.raises(DataError, match=re.escape(found)):
+        CorpusDirection.load(path)
 
 
 def test_the_moving_average_learns_in_training_only():
@@ -135,3 +161,16 @@ def test_share_statistics_are_those_of_the_projections():
     assert statistics.mean == pytest.approx(0.7)
     assert statistics.std == pytest.approx(0, abs=1e-12)
     assert statistics.low == pytest.approx(0.7)
+
+
+def test_quantiles_of_shares_are_exact():
+    shares = torch.linspace(0.0, 1.0, 101, dtype=torch.float64)
+    features = torch.stack([shares, torch.zeros_like(shares)], dim=1)
+    statistics, _ = share_statistics(features.split(10), torch.tensor([1.0, 0.0]))
+    assert (statistics.low, statistics.high) == pytest.approx((0.05, 0.95))
+    assert statistics.std == pytest.approx(shares.std().item())
+
+
+def test_a_decay_outside_its_range_is_refused():
+    with pytest.raises(ConfigError, match=r"expected `decay` in \[0, 1\); got 1"):
+        EmaDirection(1.0)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from segalign.errors import ConfigError, DataError
-from segalign.rewards.mixture import RewardMixture, WeightedReward
+from segalign.rewards.mixture import Mixture, MixturePart, RewardMixture, WeightedReward
 
 
 def brightness(images, captions):
@@ -57,3 +57,28 @@ def test_mixtures_that_cannot_be_are_refused(images):
     mixture = RewardMixture({"all": WeightedReward(reward=lambda images, captions: images.mean())})
     with pytest.raises(DataError, match=r"expected 3 scores of the reward `all`; got shape \(\)"):
         mixture(images, ["a", "b", "c"])
+
+
+class Bright:
+    def load(self):
+        return Redness()
+
+
+def test_settings_make_a_mixture(images):
+    settings = Mixture(parts={"a": MixturePart(reward=Bright(), weight=2.0)})
+    mixture = settings.load()
+    torch.testing.assert_close(mixture(images, "abc"), 4 * images[:, 0].mean((1, 2)))
+    assert settings.load().networks["a"] is not mixture.networks["a"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({}, "at least one reward"),
+        ({"a.b": MixturePart(reward=Bright())}, "a name without dots .*; got `a.b`"),
+        ({"a": MixturePart(reward=Bright(), weight=float("inf"))}, "finite weight .*; got inf"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_read(parts, message):
+    with pytest.raises(ConfigError, match=message):
+        Mixture(parts=parts).load()

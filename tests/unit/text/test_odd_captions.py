@@ -135,10 +135,10 @@ def test_a_huge_caption(text_model, tokenizer, monkeypatch, num_chars, stop, ove
     num_tokenized = 0
     tokenize = clip_tower.word_token_ids
 
-    def count(text, tokenizer):
+    def count(text, tokenizer, cleaning):
         nonlocal num_tokenized
         num_tokenized += len(text)
-        return tokenize(text, tokenizer)
+        return tokenize(text, tokenizer, cleaning)
 
     monkeypatch.setattr(clip_tower, "word_token_ids", count)
     encoder = SegmentEncoder(text_model, tokenizer, over_budget=over_budget)

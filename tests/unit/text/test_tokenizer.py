@@ -1,5 +1,6 @@
 # ruff: noqa: RUF001 - these tests are about such characters
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from segalign.errors import DataError
 from segalign.text import tokenizer as module
 from segalign.text.tokenizer import (
+    TextCleaning,
     char_token_positions,
     clean_text,
     clip_tokenizer,
@@ -31,6 +33,60 @@ def test_equals_the_original_tokenizer_on_odd_text(tokenizer):
     texts = ["“Curly” it’s", "naïve café…", "FULL ＷＩＤＴＨ", "3.5mm @ f/1.8 🐈", "don't we'll"]
     for text in texts:
         assert list(word_token_ids(text, tokenizer)) == original.encode(text)
+
+
+ODD_TEXTS = [
+    "“Curly” it’s ‘so’",
+    "naïve café… e\u0301",
+    "FULL ＷＩＤＴＨ １２",
+    "3.5mm @ f/1.8 🐈",
+    "don't we'll",
+    "a &amp; b",
+    "1 < 2 &amp; 3",
+    "1 < 2 &amp;quot; 3",
+    "&amp;lt;b&amp;gt; twice",
+    "<b>bold</b> &quot;x&quot; &#39;y&#39;",
+    "ΟΔΟΣ Σ ἈΣ.",
+    "İstanbul ẞ ǅ",
+    "tab\tnew\nline\r\x0b\x0c\x85end",
+    " \u3000wide\u2003blank ",
+    "\x1fa\x00b\x7f",
+    "ﬁne ﬀ",
+    "日本語のテキスト。",
+    "Ã©tÃ© mojibake",
+    "§±²½",
+    "a\u200bb\ufeffc",
+    "",
+]
+
+
+def test_cleaning_of_open_clip_is_its_tokenizers(tokenizer):
+    import open_clip
+
+    original = open_clip.SimpleTokenizer()
+    for text in ODD_TEXTS:
+        assert list(word_token_ids(text, tokenizer, "open_clip")) == original.encode(text), text
+
+
+def test_no_cleaning_is_that_of_transformers(tokenizer):
+    for text in ODD_TEXTS:
+        theirs = tokenizer(text, add_special_tokens=False).input_ids
+        assert list(word_token_ids(text, tokenizer, "none")) == theirs, text
+
+
+def test_the_cleanings_differ(tokenizer):
+    def differ(text):
+        return len({word_token_ids(text, tokenizer, kind) for kind in get_args(TextCleaning)})
+
+    assert differ("a plain caption") == 1
+    assert differ("a “quote”") == 2
+    assert differ("“1” < 2 &amp; 3") == 3
+
+
+def test_every_cleaning_makes_text_that_can_be_encoded(tokenizer):
+    for kind in get_args(TextCleaning):
+        assert word_token_ids("a\ud800b", tokenizer, kind)
+        assert clean_text("a\ud800b", kind) == "a\ufffdb"
 
 
 def test_says_when_the_vocabulary_is_missing(monkeypatch):
