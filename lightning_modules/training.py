@@ -19,7 +19,7 @@ from segalign.ema import TrainableEMA
 from segalign.errors import ConfigError
 from segalign.text.conditioning import TextReport
 from segalign.trainable import trainable_parameters
-from segalign.types import CaptionBatch
+from segalign.types import CaptionBatch, PreferenceBatch
 
 _logger = logging.getLogger(__name__)
 _TEXT_TOTALS = "text_totals"
@@ -149,7 +149,7 @@ class TrainingModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self.text_totals.load_state_dict(checkpoint.get(_TEXT_TOTALS, {}))
 
-    def log_train(self, name: str, value: Tensor, batch: CaptionBatch) -> None:
+    def log_train(self, name: str, value: Tensor, batch: CaptionBatch | PreferenceBatch) -> None:
         """Log a training value, also on the progress bar."""
         self.log(f"train/{name}", value, prog_bar=True, batch_size=len(batch["valid"]))
 

@@ -1,4 +1,4 @@
-"""``main.py scenes``: keep the weights of the tiny base."""
+"""``main.py scenes``: keep the weights of the tiny base and of the held-out scorer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,30 +8,44 @@ from jsonargparse import ArgumentParser
 from segalign.commands.parsing import parse_arguments
 
 DESCRIPTION = "Write the tiny base's weights, compact and with their provenance."
+_OUTPUT = "Folder; the package's own if it is not given."
 
 
 def build_parser() -> ArgumentParser:
     """Describe the command."""
     parser = ArgumentParser(prog="main.py scenes", description=DESCRIPTION, exit_on_error=False)
-    pack = ArgumentParser(description=DESCRIPTION, exit_on_error=False)
-    pack.add_argument(
+    base = ArgumentParser(description=DESCRIPTION, exit_on_error=False)
+    base.add_argument(
         "--scorer", type=str, required=True, help="Run of configs/scenes/scorer.yaml."
     )
-    pack.add_argument(
+    base.add_argument(
         "--generator", type=str, required=True, help="Run of configs/scenes/generator.yaml."
     )
-    pack.add_argument("--output", type=str, help="Folder; the package's own if it is not given.")
+    base.add_argument("--output", type=str, help=_OUTPUT)
+    held_out = ArgumentParser(
+        description="Write the held-out scorer's weights beside the tiny base's.",
+        exit_on_error=False,
+    )
+    held_out.add_argument(
+        "--scorer", type=str, required=True, help="Run of configs/scenes/held_out_scorer.yaml."
+    )
+    held_out.add_argument("--output", type=str, help=_OUTPUT)
     commands = parser.add_subcommands()
-    commands.add_subcommand("pack-base", pack)
+    commands.add_subcommand("pack-base", base)
+    commands.add_subcommand("pack-held-out", held_out)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    options = parse_arguments(build_parser(), argv, ["pack-base"])["pack-base"]
-    from segalign.scenes.shipping import pack_base
+    options = parse_arguments(build_parser(), argv, ["pack-base", "pack-held-out"])
+    from segalign.scenes.shipping import pack_base, pack_held_out
     from segalign.scenes.weights import shipped_folder
 
-    folder = Path(options.output) if options.output else shipped_folder()
-    print(pack_base(Path(options.scorer), Path(options.generator), folder))
+    chosen = options[options.subcommand]
+    folder = Path(chosen.output) if chosen.output else shipped_folder()
+    if options.subcommand == "pack-held-out":
+        print(pack_held_out(Path(chosen.scorer), folder))
+    else:
+        print(pack_base(Path(chosen.scorer), Path(chosen.generator), folder))
     return 0

@@ -63,19 +63,22 @@ def pairwise_margin_loss(scores: Tensor, preference_probs: Tensor, margin: float
     return clear.abs() * F.relu(margin - difference)
 
 
-def caption_weights(caption_ids: Tensor) -> Tensor:
-    """Weigh pairs so that every caption counts alike, however many pairs it has.
+def segment_pairwise_margin_loss(
+    segment_scores: Tensor, segment_owner: Tensor, preference_probs: Tensor, margin: float
+) -> Tensor:
+    """`pairwise_margin_loss` of every segment with its pair's preference, averaged over a caption.
 
     Args:
-        caption_ids: Caption of each pair, int64 ``(B,)``; equal captions have equal ids.
+        segment_scores: Scores of both images against each segment, ``(N, 2)``. Carries gradient.
+        segment_owner: See `segment_pairwise_loss`.
+        preference_probs: See `pairwise_loss`, ``(B, 2)``.
+        margin: Wanted difference, in units of the scores.
 
     Returns:
-        Weights ``(B,)``, ``1 / n`` for a caption with n pairs, scaled to a mean of 1.
+        Losses ``(B,)``; 0 for a pair without segments.
     """
-    _, inverse, counts = torch.unique(caption_ids, return_inverse=True, return_counts=True)
-    weights = 1 / counts[inverse].double()
-    scaled: Tensor = weights / weights.mean()
-    return scaled.float()
+    losses = pairwise_margin_loss(segment_scores, preference_probs[segment_owner], margin)
+    return _mean_by_owner(losses, segment_owner, len(preference_probs))
 
 
 def _mean_by_owner(values: Tensor, owner: Tensor, num_owners: int) -> Tensor:

@@ -28,7 +28,7 @@ def dense_segment_loss(logits: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]
     return per_sample, asked & (logits.argmax(-1) == answers)
 
 
-def contrastive_loss(
+def edit_contrastive_loss(
     image_features: Tensor,
     text_features: Tensor,
     negative_features: Tensor,

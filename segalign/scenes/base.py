@@ -22,8 +22,8 @@ from segalign.text.text_models import TextModels
 from segalign.text.tokenizer import clip_tokenizer
 
 GENERATOR_PREFIXES = ("unet.",)
-TEXT_PREFIXES = ("conditioner.tower.text_model.", "model.text_model.")
-SCORER_PREFIXES = ("model.",)
+TEXT_PREFIXES = ("conditioner.tower.text_model.", "scorer.model.text_model.", "model.text_model.")
+SCORER_PREFIXES = ("scorer.model.", "model.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,5 +71,7 @@ def load_scorer(world: str, source: str) -> CLIPModel:
     model = scorer_model(get_world(world))
     state = read_weights(source, "scorer", SCORER_PREFIXES, world)
     if state is not None:
-        fill_weights(model, state, source)
+        # Training keeps the temperature one-dimensional, as sharding wants it.
+        scale = {k: v.reshape(()) for k, v in state.items() if k == "logit_scale"}
+        fill_weights(model, state | scale, source)
     return model

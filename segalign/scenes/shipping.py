@@ -12,6 +12,8 @@ import yaml
 from torch import Tensor
 
 from segalign.atomic import write_text_atomic
+from segalign.errors import DataError
+from segalign.rewards.clip_reward import ClipReward
 from segalign.run_directory import checkpoint_step, resolve_checkpoint
 from segalign.scenes.base import (
     GENERATOR_PREFIXES,
@@ -20,18 +22,27 @@ from segalign.scenes.base import (
     ScenesBase,
 )
 from segalign.scenes.evaluation import score_bundle
+from segalign.scenes.generated import GeneratedSceneSource
+from segalign.scenes.held_out import HELD_OUT, HELD_OUT_PREFIXES, load_held_out
+from segalign.scenes.pairs import make_pair
 from segalign.scenes.samples import make_sample
+from segalign.scenes.scorer_checks import answer_accuracy, pair_margins
+from segalign.scenes.scorers import ScenesScorer
 from segalign.scenes.weights import fill_weights, load_compact, read_weights, save_compact
+from segalign.text.segmenter import SentenceSegmenter
 from segalign.text.settings import TextEncoding
 from segalign.text.tokenizer import clip_tokenizer, word_token_ids
 
 # Scenes of the final score: a stream that no training run uses.
 _SCORE_STREAM = 2**40 + 1
 _NUM_SCORED = 256
+_PROVENANCE = "provenance.json"
 
 
 def pack_base(scorer: Path, generator: Path, folder: Path) -> str:
     """Write ``scorer``, ``text_model`` and ``generator`` weights and ``provenance.json``.
+
+    What the folder says of a held-out scorer is kept.
 
     Args:
         scorer: Run of the scorer.
@@ -55,12 +66,65 @@ def pack_base(scorer: Path, generator: Path, folder: Path) -> str:
     accuracy = score_base(folder)
     provenance = {
         "runs": {"scorer": describe_run(scorer), "generator": describe_run(generator)},
-        "machine": {"processor": _processor(), "python": platform.python_version()},
-        "torch": torch.__version__,
+        **_machine(),
         "oracle": {"captions": _NUM_SCORED, "length": "short", **accuracy},
     }
-    write_text_atomic(folder / "provenance.json", json.dumps(provenance, indent=1) + "\n")
+    if (folder / _PROVENANCE).is_file():
+        earlier = _read_provenance(folder)
+        provenance |= {key: earlier[key] for key in (HELD_OUT,) if key in earlier}
+    _write_provenance(folder, provenance)
     return f"{folder}: attributes {accuracy['attributes']:.3f} on short captions"
+
+
+def pack_held_out(run: Path, folder: Path) -> str:
+    """Write the held-out scorer's weights beside those of the tiny base, with their provenance.
+
+    Args:
+        run: Run of the held-out scorer.
+        folder: Folder that `pack_base` wrote.
+
+    Returns:
+        One line about what was written.
+
+    Raises:
+        DataError: If the folder does not hold a base.
+    """
+    provenance = _read_provenance(folder)
+    state = read_weights(str(run), HELD_OUT, HELD_OUT_PREFIXES, "3x3")
+    assert state is not None
+    save_compact(state, folder / f"{HELD_OUT}.safetensors", used_token_ids())
+    scores = score_held_out(folder)
+    provenance[HELD_OUT] = {"run": describe_run(run), **_machine(), "scores": scores}
+    _write_provenance(folder, provenance)
+    return f"{folder}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+
+
+def score_held_out(folder: Path) -> dict[str, float]:
+    """Measure the written held-out scorer on scenes that no training run uses.
+
+    Returns:
+        Shares of right answers to one-fact questions on ``clean``, ``noisy`` (deviation 0.15) and
+        ``drawn`` pictures; of ``pairs`` with long captions that it ranks right, by the mean of
+        segments; and of ``agreement``: pairs that it ranks as the first scorer does.
+    """
+    scorer = load_held_out("3x3", "random")
+    fill_weights(scorer.model, load_compact(folder / f"{HELD_OUT}.safetensors"), str(folder))
+    held_out = ClipReward(scorer, segmenter=SentenceSegmenter())
+    first = ClipReward(ScenesScorer().load(), segmenter=SentenceSegmenter())
+    rendered = [make_sample("3x3", _SCORE_STREAM, index) for index in range(_NUM_SCORED)]
+    source = GeneratedSceneSource(_NUM_SCORED, seed=_SCORE_STREAM, share=1.0)
+    drawn = [source.sample(index) for index in range(_NUM_SCORED)]
+    pairs = [make_pair("3x3", _SCORE_STREAM, index) for index in range(_NUM_SCORED)]
+    margins = pair_margins(held_out, pairs)
+    agreement = (margins > 0) == (pair_margins(first, pairs) > 0)
+    scores = {
+        "clean": answer_accuracy(held_out, rendered),
+        "noisy": answer_accuracy(held_out, rendered, noise=0.15),
+        "drawn": answer_accuracy(held_out, drawn),
+        "pairs": float((margins > 0).float().mean()),
+        "agreement": float(agreement.float().mean()),
+    }
+    return {name: round(value, 4) for name, value in scores.items()}
 
 
 def used_token_ids() -> Tensor:
@@ -87,7 +151,7 @@ def describe_run(run: Path) -> dict[str, Any]:
     """Summarise a run: config, seed, steps, validation curve, and the run it started from."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     settings = config["model"]["init_args"]
-    earlier = settings.get("start_from") or _earlier_generator(settings)
+    earlier = _earlier_scorer(settings) or _earlier_generator(settings)
     return {
         **({"starts_from": describe_run(Path(earlier))} if earlier else {}),
         "model": config["model"],
@@ -96,6 +160,34 @@ def describe_run(run: Path) -> dict[str, Any]:
         "steps": checkpoint_step(resolve_checkpoint(run)),
         "curve": _validation_curve(run / "logs" / "metrics.csv"),
     }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "machine": {"processor": _processor(), "python": platform.python_version()},
+        "torch": torch.__version__,
+    }
+
+
+def _read_provenance(folder: Path) -> dict[str, Any]:
+    try:
+        provenance: dict[str, Any] = json.loads((folder / _PROVENANCE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"expected the tiny base in `{folder}`; it has no readable `{_PROVENANCE}`; run "
+            "`scenes pack-base` first"
+        ) from error
+    return provenance
+
+
+def _write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
+    write_text_atomic(folder / _PROVENANCE, json.dumps(provenance, indent=1) + "\n")
+
+
+def _earlier_scorer(settings: dict[str, Any]) -> str | None:
+    """Name the run that a scorer started from."""
+    source = ((settings.get("scorer") or {}).get("init_args") or {}).get("weights", "random")
+    return None if source in ("random", "shipped") else str(source)
 
 
 def _earlier_generator(settings: dict[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ from segalign.errors import ConfigError, DataError, SegalignError
 from segalign.run_directory import resolve_checkpoint
 from segalign.text.tokenizer import VOCAB_SIZE
 
-_EMBEDDING = "embeddings.token_embedding.weight"
+_EMBEDDING = "token_embedding.weight"
 
 
 def shipped_folder() -> Path:
@@ -94,6 +94,8 @@ def fill_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 def save_compact(state: Mapping[str, Tensor], file: Path, used_rows: Tensor) -> None:
     """Write weights in float16, of a token embedding only the rows that are used.
 
+    Whole numbers stay what they are.
+
     Args:
         state: Weights by name.
         file: Target.
@@ -104,8 +106,10 @@ def save_compact(state: Mapping[str, Tensor], file: Path, used_rows: Tensor) -> 
         if name.endswith(_EMBEDDING):
             compact[f"{name}.rows"] = tensor[used_rows].half().contiguous()
             compact[f"{name}.ids"] = used_rows
-        else:
+        elif tensor.is_floating_point():
             compact[name] = tensor.detach().half().contiguous()
+        else:
+            compact[name] = tensor
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(compact, file)
 
@@ -118,4 +122,4 @@ def load_compact(file: Path) -> dict[str, Tensor]:
         whole = torch.zeros(VOCAB_SIZE, rows.shape[1])
         whole[state.pop(name.removesuffix("rows") + "ids")] = rows.float()
         state[name.removesuffix(".rows")] = whole
-    return {name: tensor.float() for name, tensor in state.items()}
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}

@@ -18,6 +18,7 @@ RECIPES = (
     "quickstart.yaml",
     "scenes/align.yaml",
     "scenes/generator.yaml",
+    "scenes/held_out_scorer.yaml",
     "scenes/scorer.yaml",
 )
 LAYERS = {

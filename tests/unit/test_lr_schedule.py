@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from segalign.lr_schedule import WarmupCosineLR
+from segalign.lr_schedule import WarmupCosineLR, WarmupLinearLR
 
 
-def rates(total_steps, warmup_steps):
+def rates(total_steps, warmup_steps, kind=WarmupCosineLR):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = WarmupCosineLR(optimizer, total_steps, warmup_steps)
+    schedule = kind(optimizer, total_steps, warmup_steps)
     values = []
     for _ in range(total_steps):
         values.append(schedule.get_last_lr()[0])
@@ -20,6 +20,12 @@ def rates(total_steps, warmup_steps):
 def test_warm_up_then_half_a_cosine():
     values, last = rates(8, 4)
     assert values == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 1.7071068, 1.0, 0.2928932])
+    assert last == pytest.approx(0)
+
+
+def test_warm_up_then_a_straight_line():
+    values, last = rates(8, 4, WarmupLinearLR)
+    assert values == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 1.5, 1.0, 0.5])
     assert last == pytest.approx(0)
 
 

@@ -2,14 +2,13 @@
 
 import math
 
-import pytest
 import torch
 
 from segalign.losses.pairwise import (
-    caption_weights,
     pairwise_loss,
     pairwise_margin_loss,
     segment_pairwise_loss,
+    segment_pairwise_margin_loss,
 )
 
 FIRST, SECOND, TIE = (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)
@@ -61,9 +60,13 @@ def test_the_margin_stops_and_ties_do_not_count():
     torch.testing.assert_close(losses, doubles(0.0, 0.6, 0.05, 0.0))
 
 
-@pytest.mark.parametrize("ids", [[4, 4, 4, 9], [1, 2, 3]], ids=str)
-def test_every_caption_weighs_alike(ids):
-    weights = caption_weights(torch.tensor(ids))
-    sums = {i: weights[torch.tensor(ids) == i].sum().item() for i in ids}
-    assert max(sums.values()) == pytest.approx(min(sums.values()))
-    assert weights.mean().item() == pytest.approx(1)
+def test_margins_of_segments_average_over_their_caption():
+    """Unlike the margin of a mean, segments that pass it do not make up for others."""
+    scores = doubles((0.5, 0.1), (0.1, 0.2), (0.4, 0.3), (0.0, 0.9)).requires_grad_(True)
+    owner, probs = torch.tensor([0, 2, 0, 0]), doubles(FIRST, FIRST, (0.25, 0.75))
+    losses = segment_pairwise_margin_loss(scores, owner, probs, margin=0.2)
+    torch.testing.assert_close(losses, doubles(*[(0.0 + 0.1 + 1.1) / 3, 0.0, 0.5 * 0.1]))
+    losses.sum().backward()
+    third = 1 / 3
+    expected = doubles((0.0, 0.0), (0.5, -0.5), (-third, third), (-third, third))
+    torch.testing.assert_close(scores.grad, expected)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from segalign.losses.preference import contrastive_loss, dense_segment_loss
+from segalign.losses.preference import dense_segment_loss, edit_contrastive_loss
 
 
 def test_dense_loss_averages_a_samples_own_questions():
@@ -20,7 +20,7 @@ def test_contrastive_loss_in_closed_form():
     images = torch.eye(2)
     negatives = torch.eye(2)[[1, 0]].unsqueeze(1)
     scale = torch.tensor([math.log(3.0)])
-    losses = contrastive_loss(images, torch.eye(2), negatives, scale)
+    losses = edit_contrastive_loss(images, torch.eye(2), negatives, scale)
     # Each of the three terms sets one match at cosine 1 against one at cosine 0.
     expected = math.log(1 + math.exp(-3.0))
     assert torch.allclose(losses, torch.full((2,), expected))

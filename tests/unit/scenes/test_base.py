@@ -18,14 +18,17 @@ from segalign.text.settings import TextEncoding
 from segalign.text.tokenizer import clip_tokenizer
 
 
-def test_compact_weights_keep_the_used_rows(tmp_path):
+@pytest.mark.parametrize("prefix", ["embeddings", "text"])
+def test_compact_weights_keep_the_used_rows(tmp_path, prefix):
     embedding = torch.randn(49408, 4)
-    state = {"embeddings.token_embedding.weight": embedding, "head.weight": torch.randn(3, 3)}
+    name = f"{prefix}.token_embedding.weight"
+    state = {name: embedding, "head.weight": torch.randn(3, 3), "norm.count": torch.tensor(70_001)}
     save_compact(state, tmp_path / "x.safetensors", torch.tensor([2, 49407]))
     loaded = load_compact(tmp_path / "x.safetensors")
     assert loaded.keys() == state.keys()
     assert torch.allclose(loaded["head.weight"], state["head.weight"], rtol=1e-3)
-    rows = loaded["embeddings.token_embedding.weight"]
+    assert torch.equal(loaded["norm.count"], state["norm.count"])
+    rows = loaded[name]
     assert torch.allclose(rows[[2, 49407]], embedding[[2, 49407]], rtol=1e-3, atol=1e-6)
     assert rows.count_nonzero() == 8
     assert (tmp_path / "x.safetensors").stat().st_size < 2000
@@ -90,7 +93,7 @@ def test_the_shipped_base_tells_where_it_comes_from():
         assert run["steps"] > 0
         assert run["curve"]
     sizes = [file.stat().st_size for file in shipped_folder().glob("*.safetensors")]
-    assert len(sizes) == 3
+    assert len(sizes) == 4
     assert sum(sizes) < 6e6
 
 

@@ -1,0 +1,198 @@
+"""Training of CLIP-type preference models that score long captions piece by piece."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_modules.training import TrainingModule
+from segalign.errors import DataError
+from segalign.losses.caption_weights import pair_weights
+from segalign.losses.contrastive import OwnedFeatures
+from segalign.losses.objective import PreferenceFeatures, PreferenceObjective
+from segalign.rewards.chunks import encode_in_chunks
+from segalign.rewards.scorer_source import PretrainedScorer, ScorerSource
+from segalign.rewards.segment_scorer import SegmentFeatures, SegmentScorer
+from segalign.rewards.trained_parts import TrainedParts
+from segalign.text.segmenter import Segmenter, SentenceSegmenter
+from segalign.types import CaptionBatch, PreferenceBatch
+
+Batch = CaptionBatch | PreferenceBatch
+
+
+class SegmentPreferenceModule(TrainingModule):
+    """Train a CLIP-type scorer on preference pairs, or on images with captions, of any length.
+
+    A caption's score is the mean of its segments' scores. Which losses are summed, on captions or
+    on single segments, is the objective's choice; docs/preference.md has their equations.
+
+    Args:
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the learning-rate schedule; null keeps the rate constant.
+        scorer: Where the model comes from; null starts from CLIP-H.
+        objective: Weights of the losses; null is the segment-level recipe: pairwise and contrast.
+        text: ``segments`` scores captions piece by piece; ``whole`` cuts them at the context.
+        segmenter: Splitting strategy; null splits into sentences.
+        trained: What of the model is trained; null trains all of it.
+        max_logit_scale: Upper bound of the inverse temperature.
+        init_logit_scale: Inverse temperature to start from; null keeps the model's.
+        weigh_captions: Weigh pairs by one over the number of pairs of their caption, as PickScore
+            does: the ``num_pairs`` of their metadata (in Pick-a-Pic ``num_example_per_prompt``), or
+            else those of the batch.
+        chunk_size: Images, and texts, that are encoded at a time, their activations recomputed in
+            the backward pass: less memory for big contrastive batches. Null encodes all at once.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        scorer: ScorerSource | None = None,
+        objective: PreferenceObjective | None = None,
+        text: Literal["segments", "whole"] = "segments",
+        segmenter: Segmenter | None = None,
+        trained: TrainedParts | None = None,
+        max_logit_scale: PositiveFloat = 100.0,
+        init_logit_scale: PositiveFloat | None = None,
+        weigh_captions: bool = False,
+        chunk_size: PositiveInt | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        self.scorer_source = scorer or PretrainedScorer()
+        self.objective = objective or PreferenceObjective(pairwise=1.0, segment_contrastive=1.0)
+        self.text = text
+        self.segmenter = segmenter or SentenceSegmenter()
+        self.trained = trained or TrainedParts()
+        self.max_logit_scale = max_logit_scale
+        self.init_logit_scale = init_logit_scale
+        self.weigh_captions = weigh_captions
+        self.chunk_size = chunk_size
+
+    @override
+    def configure_model(self) -> None:
+        if hasattr(self, "scorer"):
+            return
+        source = self.scorer_source.load()
+        start = source.logit_scale.detach().clone()
+        if self.init_logit_scale is not None:
+            start.fill_(math.log(self.init_logit_scale))
+        # One-dimensional, as sharding wants it.
+        source.model.logit_scale = nn.Parameter(start)
+        self.trained.apply(source.model)
+        if not self.objective.needs_logit_scale():
+            # Ranks wait for the gradient of whatever is trained.
+            source.model.logit_scale.requires_grad_(False)
+        segmenter = self.segmenter if self.text == "segments" else None
+        self.scorer = SegmentScorer(source, segmenter=segmenter)
+        self.check_trained_precision()
+        self.train()
+
+    @override
+    def on_fit_start(self) -> None:
+        """See that the weights are sound before anything is learnt from them.
+
+        Raises:
+            DataError: If the model gives features that are not finite.
+        """
+        with torch.no_grad():
+            features = self.scorer.text_features(["a photo"])
+            side = self.scorer.preprocessing.settings.image_size
+            images = self.scorer.image_features(features.new_zeros(1, 3, side, side))
+        if not (torch.isfinite(features).all() and torch.isfinite(images).all()):
+            raise DataError(
+                "expected finite features of the scorer before training; got NaN; check the "
+                "weights that `scorer` names"
+            )
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Log of the inverse temperature, ``(1,)``, bounded where it is used.
+
+        The gradient passes the bound: CLIP's own temperature starts there, and must come down.
+        """
+        free = self.scorer.logit_scale
+        bounded = free.detach().clamp(max=math.log(self.max_logit_scale))
+        return free + (bounded - free.detach())
+
+    @override
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Take the temperature back to its bound, lest it goes astray beyond."""
+        with torch.no_grad():
+            self.scorer.model.logit_scale.clamp_(max=math.log(self.max_logit_scale))
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        features = self.encode(batch)
+        with torch.autocast(self.device.type, enabled=False):
+            scale = self.logit_scale.to(features.images)
+            losses = self.objective.losses(features, scale)
+            loss = self.reduce_losses(self.objective.total(losses), batch["valid"])
+        for name, values in losses.items():
+            self.log_train(f"{name}_loss", values.detach().mean(), batch)
+        if features.preference_probs is not None:
+            self.log_train("pair_accuracy", _pair_accuracy(features), batch)
+        self.log("train/inverse_temperature", self.logit_scale.detach().exp())
+        self.log_train("loss", loss.detach(), batch)
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Do nothing: callbacks of the evaluation see the batch and the scorer."""
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Do nothing: callbacks of the evaluation see the batch and the scorer."""
+
+    def encode(self, batch: Batch) -> PreferenceFeatures:
+        """Embed a batch's captions and images, with gradients."""
+        segments = self._segments(batch["captions"])
+        probs = batch.get("preference_probs")
+        images = encode_in_chunks(self.scorer.image_features, _images(batch), self.chunk_size)
+        return PreferenceFeatures(
+            segments=OwnedFeatures(segments.features, segments.owner),
+            segment_texts=segments.texts,
+            mean=segments.mean(),
+            captions=batch["captions"],
+            images=images.to(segments.features),  # float32 at least, as those are
+            preference_probs=cast("Tensor | None", probs),
+            valid=batch["valid"],
+            pair_weights=self._pair_weights(batch),
+        )
+
+    def _pair_weights(self, batch: Batch) -> Tensor | None:
+        if not self.weigh_captions:
+            return None
+        counts = [_num_pairs(fields) for fields in batch["metadata"]]
+        return pair_weights(batch["captions"], counts, batch["valid"])
+
+    def _segments(self, captions: list[str]) -> SegmentFeatures:
+        """Embed the captions' segments, a chunk of them at a time."""
+        encode = partial(encode_in_chunks, self.scorer.text_features, chunk_size=self.chunk_size)
+        return self.scorer.segment_features(captions, encode)
+
+
+def _num_pairs(metadata: Mapping[str, Any]) -> Any:
+    """Look up how many pairs a caption has in the data; Pick-a-Pic's own name is known too."""
+    return metadata.get("num_pairs", metadata.get("num_example_per_prompt"))
+
+
+def _images(batch: Batch) -> Tensor:
+    """Return a batch's images, the two of a pair one after the other: ``(M, 3, H, W)``."""
+    fields = cast("dict[str, Tensor]", batch)
+    return fields["image_pairs"].flatten(0, 1) if "image_pairs" in fields else fields["images"]
+
+
+def _pair_accuracy(features: PreferenceFeatures) -> Tensor:
+    """Share of the pairs with a preference whose preferred image scores higher."""
+    assert features.preference_probs is not None
+    wanted = features.preference_probs[:, 0] - features.preference_probs[:, 1]
+    scores = features.pair_scores().detach()
+    asked = features.valid & (wanted != 0)
+    right = asked & ((scores[:, 0] - scores[:, 1]) * wanted > 0)
+    return right.sum() / asked.sum().clamp(min=1)
