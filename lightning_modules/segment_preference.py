@@ -16,7 +16,7 @@ from segalign.errors import DataError
 from segalign.losses.caption_weights import pair_weights
 from segalign.losses.contrastive import OwnedFeatures
 from segalign.losses.objective import PreferenceFeatures, PreferenceObjective
-from segalign.rewards.chunks import encode_in_chunks
+from segalign.rewards.chunks import encode_in_chunks, encode_texts
 from segalign.rewards.scorer_source import PretrainedScorer, ScorerSource
 from segalign.rewards.segment_scorer import SegmentFeatures, SegmentScorer
 from segalign.rewards.trained_parts import TrainedParts
@@ -98,17 +98,14 @@ class SegmentPreferenceModule(TrainingModule):
         """See that the weights are sound before anything is learnt from them.
 
         Raises:
-            DataError: If the model gives features that are not finite.
+            DataError: If a weight is not finite.
         """
-        with torch.no_grad():
-            features = self.scorer.text_features(["a photo"])
-            side = self.scorer.preprocessing.settings.image_size
-            images = self.scorer.image_features(features.new_zeros(1, 3, side, side))
-        if not (torch.isfinite(features).all() and torch.isfinite(images).all()):
-            raise DataError(
-                "expected finite features of the scorer before training; got NaN; check the "
-                "weights that `scorer` names"
-            )
+        for name, weight in self.scorer.model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise DataError(
+                    f"expected finite weights of the scorer before training; `{name}` holds NaN or "
+                    "infinity; check what `scorer` names"
+                )
 
     @property
     def logit_scale(self) -> Tensor:
@@ -133,8 +130,9 @@ class SegmentPreferenceModule(TrainingModule):
             scale = self.logit_scale.to(features.images)
             losses = self.objective.losses(features, scale)
             loss = self.reduce_losses(self.objective.total(losses), batch["valid"])
+        num_valid = batch["valid"].sum().clamp(min=1)
         for name, values in losses.items():
-            self.log_train(f"{name}_loss", values.detach().mean(), batch)
+            self.log_train(f"{name}_loss", values.detach().sum() / num_valid, batch)
         if features.preference_probs is not None:
             self.log_train("pair_accuracy", _pair_accuracy(features), batch)
         self.log("train/inverse_temperature", self.logit_scale.detach().exp())
@@ -173,7 +171,7 @@ class SegmentPreferenceModule(TrainingModule):
 
     def _segments(self, captions: list[str]) -> SegmentFeatures:
         """Embed the captions' segments, a chunk of them at a time."""
-        encode = partial(encode_in_chunks, self.scorer.text_features, chunk_size=self.chunk_size)
+        encode = partial(encode_texts, self.scorer.text_features, chunk_size=self.chunk_size)
         return self.scorer.segment_features(captions, encode)
 
 

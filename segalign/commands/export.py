@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from segalign.generation.opening import RunLoader
     from segalign.text.settings import TextEncoding
 
-_FORMATS = ("diffusers", "lora", "official-lora")
+_FORMATS = ("diffusers", "lora", "official-lora", "clip")
 
 
 def run(argv: Sequence[str], load_run: "RunLoader") -> int:
@@ -50,7 +50,8 @@ def build_parser() -> ArgumentParser:
         choices=_FORMATS,
         required=True,
         help="diffusers: folder that loads as a pipeline, LoRA merged; lora: what "
-        "pipe.load_lora_weights takes; official-lora: the list file of LongSD",
+        "pipe.load_lora_weights takes; official-lora: the list file of LongSD; clip: folder of a "
+        "preference model, which rewards and transformers load",
     )
     add("--out", type=str, required=True, help="new folder")
     add_run_options(parser)
@@ -59,9 +60,9 @@ def build_parser() -> ArgumentParser:
 
 def _export(options: Namespace, load_run: "RunLoader") -> None:
     from segalign.devices import choose_device
-    from segalign.diffusion.generator import TextToImage
     from segalign.diffusion.pipeline_folder import save_pipeline_folder
     from segalign.generation.opening import choose_weights
+    from segalign.rewards.scorer_folder import save_scorer_folder
     from segalign.run_directory import resolve_checkpoint
 
     path = Path(options.checkpoint)
@@ -69,18 +70,34 @@ def _export(options: Namespace, load_run: "RunLoader") -> None:
     module: Any = load_run(
         checkpoint, device=choose_device("cpu"), allow_import=options.allow_import
     )
-    if not isinstance(getattr(module, "generator", None), TextToImage):
-        raise ConfigError(
-            f"expected a run of a text-to-image model in `{options.checkpoint}`; got "
-            f"`{type(module).__name__}`. Name another run."
-        )
+    _check_kind(module, options)
     weights = choose_weights(module, options.weights)
-    card = _card(module, checkpoint, weights)
     with module.weights(weights):
-        if options.format == "diffusers":
-            save_pipeline_folder(module, Path(options.out), card)
+        if options.format == "clip":
+            save_scorer_folder(module.scorer, Path(options.out))
+        elif options.format == "diffusers":
+            save_pipeline_folder(module, Path(options.out), _card(module, checkpoint, weights))
         else:
-            _export_lora(module, options, card)
+            _export_lora(module, options, _card(module, checkpoint, weights))
+
+
+def _check_kind(module: Any, options: Namespace) -> None:
+    """Refuse a run of another kind of model than the format is for.
+
+    Raises:
+        ConfigError: If it is one.
+    """
+    from segalign.diffusion.generator import TextToImage
+    from segalign.rewards.segment_scorer import SegmentScorer
+
+    kinds: Mapping[str, tuple[str, type]] = {"clip": ("scorer", SegmentScorer)}
+    name, kind = kinds.get(options.format, ("generator", TextToImage))
+    if not isinstance(getattr(module, name, None), kind):
+        what = "preference" if kind is SegmentScorer else "text-to-image"
+        raise ConfigError(
+            f"expected a run of a {what} model in `{options.checkpoint}` for `--format "
+            f"{options.format}`; got `{type(module).__name__}`. Name another run or format."
+        )
 
 
 def _export_lora(module: Any, options: Namespace, card: "ModelCard") -> None:

@@ -36,3 +36,24 @@ def encode_in_chunks(
         for start in starts
     ]
     return torch.cat(parts)
+
+
+def encode_texts(
+    encode: Callable[[Sequence[str]], Tensor], texts: Sequence[str], *, chunk_size: int | None
+) -> Tensor:
+    """Encode texts, equal ones once, those of similar length in one chunk.
+
+    Args:
+        encode: Maps texts to features; carries gradient.
+        texts: ``N`` texts.
+        chunk_size: See ``encode_in_chunks``, in distinct texts.
+
+    Returns:
+        Their features, ``(N, ...)``.
+    """
+    if chunk_size is None:
+        return encode(texts)
+    distinct = sorted(dict.fromkeys(texts), key=len)
+    features = encode_in_chunks(encode, distinct, chunk_size)
+    places = {text: place for place, text in enumerate(distinct)}
+    return features[torch.tensor([places[text] for text in texts], device=features.device)]

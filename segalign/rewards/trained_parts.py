@@ -158,17 +158,19 @@ def text_tower(model: CLIPModel) -> TowerParts:
 
 
 def _checkpoint_blocks(model: nn.Module) -> None:
-    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is not None:
-        enable({"use_reentrant": False})
-        return
-    enable = getattr(model, "set_grad_checkpointing", None)  # the name in open_clip
-    if enable is None:
-        raise ConfigError(
-            "expected a scorer that can recompute activations for `gradient_checkpointing`; got "
-            f"`{type(model).__name__}`; set it to false"
-        )
-    enable(True)
+    # Its names in newer and older versions of transformers, and in open_clip.
+    for name, argument in (
+        ("activation_checkpointing_enable", {"use_reentrant": False}),
+        ("gradient_checkpointing_enable", {"use_reentrant": False}),
+        ("set_grad_checkpointing", True),
+    ):
+        if (enable := getattr(model, name, None)) is not None:
+            enable(argument)
+            return
+    raise ConfigError(
+        "expected a scorer that can recompute activations for `gradient_checkpointing`; got "
+        f"`{type(model).__name__}`; set it to false"
+    )
 
 
 def merge_adapters(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 # Recipes run alone. Fragments and deltas are parsed over the recipe named beside them.
 RECIPES = (
+    "denscore.yaml",
     "longsd_align.yaml",
     "quickstart.yaml",
     "scenes/align.yaml",
@@ -26,6 +27,7 @@ LAYERS = {
     "scenes/shapes.yaml": "scenes/generator.yaml",
     "base/logging.yaml": "scenes/align.yaml",
     "base/trainer.yaml": "scenes/align.yaml",
+    "debug/denscore_tiny.yaml": "denscore.yaml",
     "debug/longsd_align_tiny.yaml": "longsd_align.yaml",
     "debug/overfit.yaml": "scenes/align.yaml",
     "debug/profile.yaml": "scenes/align.yaml",
@@ -141,3 +143,26 @@ def test_the_tiny_flagship_keeps_the_method(capsys):
     assert {**ours["text"], "t5": None} == {**theirs["text"], "t5": None}
     for key in theirs["text"]["t5"].keys() - changed:
         assert ours["text"]["t5"][key] == theirs["text"]["t5"][key]
+
+
+def test_denscore_has_the_settings_of_pickscore(capsys):
+    config = parse(capsys, "denscore.yaml")
+    trainer, model = config["trainer"], config["model"]["init_args"]
+    expected = {"max_steps": 4000, "gradient_clip_val": 1.0, "precision": "bf16-mixed"}
+    assert {key: trainer[key] for key in expected} == expected
+    assert model["optimizer"]["init_args"]["lr"] == 3e-6
+    schedule = model["lr_scheduler"]
+    assert schedule["class_path"].endswith("WarmupLinearLR")
+    assert schedule["init_args"] == {"total_steps": 4000, "warmup_steps": 500}
+    assert config["data"]["init_args"]["global_batch_size"] == 128
+    assert model["text"] == "segments"
+    losses = {name for name, weight in model["objective"].items() if weight and "width" not in name}
+    assert losses == {"pairwise", "segment_contrastive"}
+
+
+def test_the_tiny_denscore_keeps_the_method(capsys):
+    full = parse(capsys, "denscore.yaml")["model"]["init_args"]
+    tiny = parse(capsys, "denscore.yaml", "debug/denscore_tiny.yaml")["model"]["init_args"]
+    assert tiny["scorer"]["init_args"]["init"] == "random"
+    for key in full.keys() - {"scorer", "lr_scheduler"}:
+        assert tiny[key] == full[key]

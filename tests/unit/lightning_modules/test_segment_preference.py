@@ -189,8 +189,8 @@ def test_weights_that_are_not_finite_are_one_line(part, tmp_path):
     with torch.no_grad():
         getattr(module.scorer.model, part).weight[0, 0] = math.nan
     message = (
-        r"^expected finite features of the scorer before training; got NaN; check the weights that "
-        r"`scorer` names$"
+        rf"^expected finite weights of the scorer before training; `{part}.weight` holds NaN or "
+        r"infinity; check what `scorer` names$"
     )
     with pytest.raises(DataError, match=message):
         fit(module, [batch_of("preference")], tmp_path)

@@ -5,7 +5,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
-from segalign.rewards.chunks import encode_in_chunks
+from segalign.rewards.chunks import encode_in_chunks, encode_texts
 
 TEXTS = ["a", "bb", "ccc", "dddd", "eeeee"]
 
@@ -77,3 +77,19 @@ def test_the_activations_of_one_chunk_are_kept_at_a_time(chunk_size, most):
     features = encode_in_chunks(encoder, torch.randn(32, 3, dtype=torch.float64), chunk_size)
     features.sum().backward()
     assert max(encoder.rows_kept) == most
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 4])
+def test_equal_texts_are_encoded_once_and_in_order_of_length(chunk_size):
+    texts = ["dddd", "a", "dddd", "eeeee", "bb", "a"]
+    encoder = Encoder()
+    features = encode_texts(encoder, texts, chunk_size=chunk_size)
+    assert torch.allclose(features, torch.cat([encoder([text]) for text in texts]), atol=1e-12)
+    calls = {None: [6], 1: [1] * 4, 2: [2, 2], 4: [4]}[chunk_size]
+    assert encoder.calls[: len(calls)] == calls
+    weights = list(encoder.parameters())
+    whole = Encoder()
+    expected = torch.autograd.grad(whole(texts).sin().sum(), list(whole.parameters()))
+    found = torch.autograd.grad(features.sin().sum(), weights)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)

@@ -112,10 +112,14 @@ def test_merged_adapters_leave_the_model_as_it_was_built(make_hugging_face, imag
         for weight in trainable_parameters(scorer.model).values():
             weight += 0.2 * torch.randn_like(weight)
         tuned = features(scorer, images)
+        adapted = scorer.model.text_model.encoder.layers[0].mlp.fc1
+        low_rank = adapted.lora_B["default"].weight @ adapted.lora_A["default"].weight
+        expected = adapted.base_layer.weight + low_rank  # a scale of 1
         merge_adapters(scorer.model)
         merged = features(scorer, images)
     assert (tuned - before).abs().max() > 0.01
     assert (merged - tuned).abs().max() < 1e-6  # float32, added in another order
+    torch.testing.assert_close(scorer.model.text_model.encoder.layers[0].mlp.fc1.weight, expected)
     assert set(scorer.model.state_dict()) == names
 
 
