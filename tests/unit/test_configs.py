@@ -20,6 +20,7 @@ RECIPES = (
     "scenes/align.yaml",
     "scenes/generator.yaml",
     "scenes/held_out_scorer.yaml",
+    "scenes/preference.yaml",
     "scenes/scorer.yaml",
 )
 LAYERS = {
