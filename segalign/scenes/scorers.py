@@ -35,7 +35,7 @@ class ScenesScorer:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutScorer:
-    """A second scorer, a ResNet with a text tower of ``open_clip``, of 3.0 M parameters.
+    """A second scorer, a ResNet with a text tower of ``open_clip``, of 2.9 M parameters.
 
     It watches what is trained against the first: of another architecture and seed, and trained on
     noisy and on generated images too.

@@ -105,7 +105,8 @@ def score_held_out(folder: Path) -> dict[str, float]:
     Returns:
         Shares of right answers to one-fact questions on ``clean``, ``noisy`` (deviation 0.15) and
         ``drawn`` pictures; of ``pairs`` with long captions that it ranks right, by the mean of
-        segments; and of ``agreement``: pairs that it ranks as the first scorer does.
+        segments; of those that the first scorer ranks right (``first_pairs``); and of those that
+        both rank alike (``agreement``).
     """
     scorer = load_held_out("3x3", "random")
     fill_weights(scorer.model, load_compact(folder / f"{HELD_OUT}.safetensors"), str(folder))
@@ -115,14 +116,14 @@ def score_held_out(folder: Path) -> dict[str, float]:
     source = GeneratedSceneSource(_NUM_SCORED, seed=_SCORE_STREAM, share=1.0)
     drawn = [source.sample(index) for index in range(_NUM_SCORED)]
     pairs = [make_pair("3x3", _SCORE_STREAM, index) for index in range(_NUM_SCORED)]
-    margins = pair_margins(held_out, pairs)
-    agreement = (margins > 0) == (pair_margins(first, pairs) > 0)
+    right, first_right = (pair_margins(one, pairs) > 0 for one in (held_out, first))
     scores = {
         "clean": answer_accuracy(held_out, rendered),
         "noisy": answer_accuracy(held_out, rendered, noise=0.15),
         "drawn": answer_accuracy(held_out, drawn),
-        "pairs": float((margins > 0).float().mean()),
-        "agreement": float(agreement.float().mean()),
+        "pairs": float(right.float().mean()),
+        "first_pairs": float(first_right.float().mean()),
+        "agreement": float((right == first_right).float().mean()),
     }
     return {name: round(value, 4) for name, value in scores.items()}
 

@@ -30,7 +30,7 @@ def test_errors_are_one_line_with_a_code(capsys, argv, message):
 
 
 def test_the_held_out_scorer_is_packed_beside_a_base(tmp_path, capsys, monkeypatch):
-    model = HeldOutModel(3)
+    model = HeldOutModel(36)
     run, folder = tmp_path / "run", tmp_path / "weights"
     checkpoint = run / "checkpoints" / "step-00000002"
     for made in (checkpoint, run / "logs", folder):

@@ -1,9 +1,13 @@
 """Scenes that the tiny base draws: the same every time, and described by what they show."""
 
+import json
+import tarfile
+
 import numpy as np
 import pytest
 import torch
 
+import main
 from segalign.errors import ConfigError
 from segalign.scenes.generated import BLOCK_SIZE, GeneratedSceneSource, block_sampler
 from segalign.scenes.oracle import read_scenes
@@ -11,11 +15,12 @@ from segalign.scenes.samples import make_sample
 from segalign.scenes.world import get_world
 
 SHARE = 0.05
+START = BLOCK_SIZE  # the second block of the stream
 
 
 @pytest.fixture(scope="module")
 def source():
-    return GeneratedSceneSource(BLOCK_SIZE, seed=3, share=SHARE)
+    return GeneratedSceneSource(BLOCK_SIZE, seed=3, start=START, share=SHARE)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def test_captions_state_what_the_oracle_reads(drawn):
 
 def test_a_drawn_picture_is_not_the_rendered_one(drawn):
     for index, sample in drawn.items():
-        rendered = make_sample("3x3", 3, index, length="short")
+        rendered = make_sample("3x3", 3, START + index, length="short")
         assert sample.image.shape == rendered.image.shape
         assert sample.image.dtype == np.uint8
         assert sample.metadata["drawn"]["distance"] > 0.01
@@ -49,19 +54,19 @@ def test_a_drawn_picture_is_not_the_rendered_one(drawn):
 
 def test_the_others_are_rendered(source, drawn):
     index = next(index for index in range(BLOCK_SIZE) if index not in drawn)
-    sample, rendered = source.sample(index), make_sample("3x3", 3, index, length="short")
+    sample = source.sample(index)
+    rendered = make_sample("3x3", 3, START + index, length="short")
     assert np.array_equal(sample.image, rendered.image)
     assert (sample.caption, sample.metadata) == (rendered.caption, rendered.metadata)
 
 
 def test_a_sample_depends_on_its_place_in_the_stream_alone(source, drawn):
-    place = max(drawn)
-    assert place >= 2
-    later = GeneratedSceneSource(1, seed=3, start=place, share=SHARE)
-    assert later.members(0) == source.members(place)
-    assert later.origin(0) == source.origin(place) == f"scene {place}"
-    other = GeneratedSceneSource(1, seed=4, start=place, share=0)
-    assert other.members(0) != source.members(place)
+    index = max(drawn)
+    later = GeneratedSceneSource(1, seed=3, start=START + index, share=SHARE)
+    assert later.members(0) == source.members(index)
+    assert later.origin(0) == source.origin(index) == f"scene {START + index}"
+    other = GeneratedSceneSource(1, seed=4, start=START + index, share=0)
+    assert other.members(0) != source.members(index)
 
 
 def test_every_setting_is_part_of_the_settings():
@@ -86,3 +91,12 @@ def test_steps_and_guidance_vary_by_block():
 def test_settings_that_cannot_work(count, share):
     with pytest.raises(ConfigError, match="a share in"):
         GeneratedSceneSource(count, share=share)
+
+
+def test_they_are_packed(tmp_path, capsys):
+    size = ["--count", "3", "--share", "0", "--seed", "5", "--start", "7", "--length", "long"]
+    assert main.main(["shards", "pack", "generated-scenes", str(tmp_path / "out"), *size]) == 0
+    assert "num packed  3" in capsys.readouterr().out
+    with tarfile.open(next((tmp_path / "out").glob("*.tar"))) as shard:
+        members = {name.rpartition(".")[2]: shard.extractfile(name) for name in shard.getnames()}
+        assert json.load(members["json"])["caption"] == make_sample("3x3", 5, 9).caption
