@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from typing_extensions import override
 
@@ -39,7 +40,8 @@ class PreferenceReport(Callback):
         gallery_size: Samples of a retrieval gallery; null ranks all in one.
         max_segments: Retrieval by the mean of the first so many segments, in ``test`` only.
         segmenter: Splits captions; null takes the scorer's strategy, or sentences if it has none.
-        common_direction: File of the direction V; null estimates V from the ranked captions.
+        common_direction: File of the direction V, for the commands ``validate`` and ``test``; null,
+            and validation in training, estimates V from the ranked captions.
         retrieval_on_preferred: Rank the preferred images of preference pairs too.
     """
 
@@ -57,16 +59,20 @@ class PreferenceReport(Callback):
         self.segmenter = segmenter
         self.common_direction = common_direction
         self.retrieval_on_preferred = retrieval_on_preferred
+        self._direction: str | None = None
         self._evaluation: ScorerEvaluation | None = None
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start anew; the trainer's sanity check is not evaluated."""
+        # The text weights of a fit change, so that a direction estimated before is another model's.
+        self._direction = None if trainer.state.fn == TrainerFn.FITTING else self.common_direction
         self._evaluation = None if trainer.sanity_checking else self._start(pl_module, ())
 
     @override
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start anew, with all numbers of segments."""
+        self._direction = self.common_direction
         self._evaluation = self._start(pl_module, self.max_segments)
 
     @override
@@ -121,7 +127,7 @@ class PreferenceReport(Callback):
     def _start(
         self, pl_module: pl.LightningModule, max_segments: tuple[int, ...]
     ) -> ScorerEvaluation:
-        path = self.common_direction
+        path = self._direction
         settings = EvaluationSettings(
             max_segments=max_segments,
             gallery_size=self.gallery_size,
@@ -137,7 +143,7 @@ class PreferenceReport(Callback):
         """Compute on every rank, log, and forget the features."""
         evaluation, self._evaluation = self._evaluation, None
         assert evaluation is not None
-        given = None if self.common_direction is None else f"read from `{self.common_direction}`"
+        given = None if self._direction is None else f"read from `{self._direction}`"
         tables: list[RetrievalTables | PairTables] = []
         values: dict[str, float] = {}
         if evaluation.retrieval is not None:

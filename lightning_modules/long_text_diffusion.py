@@ -111,7 +111,7 @@ class LongTextDiffusionModule(TrainingModule):
         text = self.generator.conditioner(batch["captions"])
         self.report_text(text.report, batch)
         losses = self._losses(latents, text, counters)
-        loss = self.reduce_losses(losses, batch["valid"])
+        loss = self.reduce_losses(losses, batch)
         self.log_train("loss", loss.detach(), batch)
         return loss
 

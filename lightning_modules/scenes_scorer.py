@@ -142,7 +142,7 @@ class ScenesScorerModule(SegmentPreferenceModule):
             reading = self._reading_losses(batch)
             losses = losses + self.reading_weight * reading
             self.log_train("reading_loss", reading.detach().mean(), batch)
-        loss = self.reduce_losses(losses, batch["valid"])
+        loss = self.reduce_losses(losses, batch)
         self.log_train("loss", loss.detach(), batch)
         return loss
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_modules.training import TrainingModule
-from segalign.errors import DataError
+from segalign.errors import ConfigError, DataError
 from segalign.losses.caption_weights import pair_weights
 from segalign.losses.contrastive import OwnedFeatures
 from segalign.losses.objective import PreferenceFeatures, PreferenceObjective
@@ -88,6 +88,11 @@ class SegmentPreferenceModule(TrainingModule):
         if not self.objective.needs_logit_scale():
             # Ranks wait for the gradient of whatever is trained.
             source.model.logit_scale.requires_grad_(False)
+        if not any(weight.requires_grad for weight in source.model.parameters()):
+            raise ConfigError(
+                "expected `trained` to leave something that the objective teaches; got frozen "
+                "towers; raise `image_blocks` or `text_blocks`"
+            )
         segmenter = self.segmenter if self.text == "segments" else None
         self.scorer = SegmentScorer(source, segmenter=segmenter)
         self.check_trained_precision()
@@ -129,12 +134,12 @@ class SegmentPreferenceModule(TrainingModule):
         with torch.autocast(self.device.type, enabled=False):
             scale = self.logit_scale.to(features.images)
             losses = self.objective.losses(features, scale)
-            loss = self.reduce_losses(self.objective.total(losses), batch["valid"])
+            loss = self.reduce_losses(self.objective.total(losses), batch)
+            if features.preference_probs is not None:
+                self.log_train("pair_accuracy", _pair_accuracy(features), batch)
         num_valid = batch["valid"].sum().clamp(min=1)
         for name, values in losses.items():
             self.log_train(f"{name}_loss", values.detach().sum() / num_valid, batch)
-        if features.preference_probs is not None:
-            self.log_train("pair_accuracy", _pair_accuracy(features), batch)
         self.log("train/inverse_temperature", self.logit_scale.detach().exp())
         self.log_train("loss", loss.detach(), batch)
         return loss

@@ -16,13 +16,14 @@ from typing_extensions import override
 from lightning_modules.text_totals import TextTotals
 from segalign.diffusion.generator import Weights
 from segalign.ema import TrainableEMA
-from segalign.errors import ConfigError
+from segalign.errors import ConfigError, NonFiniteError
 from segalign.text.conditioning import TextReport
 from segalign.trainable import trainable_parameters
 from segalign.types import CaptionBatch, PreferenceBatch
 
 _logger = logging.getLogger(__name__)
 _TEXT_TOTALS = "text_totals"
+_MAX_NAMED = 5
 
 
 class TrainingModule(pl.LightningModule):
@@ -46,7 +47,8 @@ class TrainingModule(pl.LightningModule):
         self.strict_loading = False
         self.ema: TrainableEMA | None = None
         self._num_samples = 0
-        self._num_valid: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._bad_samples: list[tuple[Tensor, Tensor]] = []
         self.text_totals = TextTotals()
         self._warned_of_lost_text = False
 
@@ -83,29 +85,50 @@ class TrainingModule(pl.LightningModule):
                     "base's `dtype` to float32, or train a LoRA over it"
                 )
 
-    def reduce_losses(self, losses: Tensor, valid: Tensor) -> Tensor:
-        """Reduce per-sample losses ``(B,)`` for backward, and count the valid ones."""
-        count = valid.sum()
+    def reduce_losses(self, losses: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Reduce per-sample losses ``(B,)`` for backward, and count the valid and the bad ones."""
+        valid: Tensor = batch["valid"]
+        is_bad = valid & ~losses.detach().isfinite()
+        counts = torch.stack([valid.sum(), is_bad.sum()])
         self._num_samples += len(valid)
-        self._num_valid = count if self._num_valid is None else self._num_valid + count
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._bad_samples.append((batch["sample_ids"], is_bad))
         return torch.where(valid, losses, 0).sum() / len(valid)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn the mean over all samples into the mean over valid ones."""
-        if self._num_valid is None:
+        """Turn the mean over all samples into the mean over valid ones.
+
+        Raises:
+            NonFiniteError: On every rank, if a loss of any rank was not finite.
+        """
+        if self._counts is None:
             return
-        num_valid = self.trainer.strategy.reduce(self._num_valid.float(), reduce_op="sum")
-        assert isinstance(num_valid, Tensor)
+        counts = self.trainer.strategy.reduce(self._counts.float(), reduce_op="sum")
+        assert isinstance(counts, Tensor)
+        num_valid, num_bad = counts.tolist()
+        if num_bad:
+            raise self._non_finite(int(num_bad))
         num_samples = self._num_samples * self.trainer.world_size
         for parameter in trainable_parameters(self).values():
             if parameter.grad is not None:
                 # Two whole numbers, so that the correction is exact in the gradient's own dtype.
-                parameter.grad.mul_(num_samples).div_(num_valid.clamp(min=1))
-        self._num_samples, self._num_valid = 0, None
+                parameter.grad.mul_(num_samples).div_(max(num_valid, 1))
+        self._num_samples, self._counts = 0, None
+        self._bad_samples.clear()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self.global_step % every == 0:
             self._log_text_totals()
+
+    def _non_finite(self, num_bad: int) -> NonFiniteError:
+        """Name the samples of this rank whose losses were not finite, before any weight moves."""
+        own = torch.cat([ids[is_bad] for ids, is_bad in self._bad_samples]).tolist()
+        names = ", ".join(map(str, own[:_MAX_NAMED])) or "none of this rank"
+        return NonFiniteError(
+            f"expected finite losses at step {self.global_step}; got NaN or infinity for {num_bad} "
+            f"samples ({names}{', ...' if len(own) > _MAX_NAMED else ''}); no weight was changed; "
+            "look at these samples, or lower the learning rate"
+        )
 
     def report_text(self, report: TextReport, batch: CaptionBatch) -> None:
         """Log how much text of a training batch did not fit; say so the first time."""

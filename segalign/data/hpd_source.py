@@ -102,6 +102,7 @@ class HpdSource:
         fields = {
             "caption": item.get("prompt"),
             "item": number,
+            "num_pairs": int(self._places[number, 2]),
             "path_0": paths[0],
             "path_1": paths[1],
             "preferred_path": None if probs[0] == probs[1] else paths[probs[1] > probs[0]],

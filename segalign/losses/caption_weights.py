@@ -33,15 +33,19 @@ def pair_weights(captions: Sequence[str], num_pairs: Sequence[Any], valid: Tenso
     Raises:
         DataError: If a number is not at least 1.
     """
-    for count in num_pairs:
-        if count is not None and not (isinstance(count, int | float) and 1 <= count < float("inf")):
+    for count, is_valid in zip(num_pairs, valid.tolist(), strict=True):
+        if (
+            is_valid
+            and count is not None
+            and not (isinstance(count, int | float) and 1 <= count < float("inf"))
+        ):
             raise DataError(
                 f"expected `num_pairs` of a caption to be a number of at least 1; got {count!r}; "
                 "correct the metadata, or set `weigh_captions: false`"
             )
     (sizes,) = gather_sizes([len(captions)], valid.device)
     keys = gather_rows(text_keys(captions, valid.device), sizes)
-    known = torch.tensor([float(count or 0) for count in num_pairs], device=valid.device)
+    known = torch.tensor([_known(count) for count in num_pairs], device=valid.device)
     known = gather_rows(known, sizes)
     joined_valid = gather_rows(valid.long(), sizes).bool()
     _, caption = torch.unique(keys, return_inverse=True)
@@ -51,3 +55,8 @@ def pair_weights(captions: Sequence[str], num_pairs: Sequence[Any], valid: Tenso
     first = sum(sizes[: own_rank()])
     own: Tensor = weights[first : first + len(captions)].float()
     return own
+
+
+def _known(count: Any) -> float:
+    """Return a number of pairs, 0 where it is not known."""
+    return float(count) if isinstance(count, int | float) else 0.0

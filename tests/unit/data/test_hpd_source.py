@@ -58,7 +58,7 @@ def test_two_images_are_one_pair(tmp_path, images, plain_image):
     assert members[0] == ("0.png", plain_image((2, 0, 0)))
     assert members[1] == ("1.png", plain_image((3, 0, 0)))
     assert fields(source, 0) == {
-        "caption": "a", "item": 0, "path_0": "train/2.png", "path_1": "train/3.png",
+        "caption": "a", "item": 0, "num_pairs": 1, "path_0": "train/2.png", "path_1": "train/3.png",
         "preferred_path": "train/3.png", "preference_probs": [0.0, 1.0],
     }  # fmt: skip
 
@@ -77,6 +77,7 @@ def test_rankings_give_all_pairs_or_those_of_neighbours(tmp_path, images):
     source = HpdSource(file, image_root=images)
     assert len(source) == 12
     assert source.origin(7) == "item 1, pair 1"
+    assert {fields(source, index)["num_pairs"] for index in range(12)} == {6}
     assert judged(source) == {
         (0, 1): (0, 1), (0, 2): (0, 1), (0, 3): (0, 1),
         (1, 2): (1, 0), (1, 3): (0.5, 0.5), (2, 3): (0, 1),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_modules.training import TrainingModule
-from segalign.errors import ConfigError
+from segalign.errors import ConfigError, NonFiniteError
 
 
 class Slope(TrainingModule):
@@ -22,8 +22,7 @@ class Slope(TrainingModule):
         self.trained = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
 
     def training_step(self, batch, batch_idx):
-        x, valid = batch
-        return self.reduce_losses(self.weight * x, valid)
+        return self.reduce_losses(self.weight * batch["x"], batch)
 
 
 def fit(batches, tmp_path):
@@ -44,7 +43,8 @@ def fit(batches, tmp_path):
 
 
 def batch(values, valid):
-    return torch.tensor(values, dtype=torch.float64), torch.tensor(valid)
+    x = torch.tensor(values, dtype=torch.float64)
+    return {"x": x, "valid": torch.tensor(valid), "sample_ids": torch.arange(len(x)) + 40}
 
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
@@ -55,6 +55,15 @@ def test_a_step_averages_the_valid_samples_of_all_its_micro_batches(tmp_path):
     nothing = [batch([9.0, 9.0], [False, False])] * 2
     both = fit([*step, *nothing, *step], tmp_path)
     assert both.weight.item() == pytest.approx(-2 * (1 + 3 + 4) / 3, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(tmp_path):
+    bad = [batch([1.0, 2.0], [True, True]), batch([1.0, float("nan")], [True, True])]
+    with pytest.raises(
+        NonFiniteError, match=r"at step 1; got NaN or infinity for 1 samples \(41\)"
+    ):
+        fit([*[batch([1.0, 1.0], [True, True])] * 2, *bad], tmp_path)
 
 
 def test_frozen_parts_stay_in_evaluation_mode():
