@@ -11,12 +11,11 @@ from segalign.commands.parsing import parse_arguments
 from segalign.errors import ConfigError
 
 if TYPE_CHECKING:
-    from segalign.formats.clip_scorer import ClipScorer, Scorer
+    from segalign.formats.clip_scorer import Scorer
     from segalign.rewards.segment_scorer import SegmentScorer
     from segalign.text.segmenter import Segmenter
 
 SCENES = "scenes"
-_WORLD = "3x3"
 
 
 def run(argv: Sequence[str]) -> int:
@@ -203,31 +202,19 @@ def _scorer(options: Namespace, segmenter: "Segmenter | None") -> "SegmentScorer
     from segalign.rewards.segment_scorer import SegmentScorer
 
     device = choose_device(options.device)
-    return SegmentScorer(_load(options), segmenter=segmenter).to(device)
+    scorer = SegmentScorer(_load(options), segmenter=segmenter).to(device)
+    return scorer.requires_grad_(False).eval()
 
 
 def _load(options: Namespace) -> "Scorer":
     """Read the scorer: that of the benchmark, one of ``open_clip``, or a ``CLIPModel``."""
     from segalign.formats.clip_scorer import load_clip_scorer
     from segalign.formats.open_clip_scorer import load_open_clip_scorer
+    from segalign.scenes.scorers import ScenesScorer
 
     if options.scorer == SCENES:
-        return _scenes_scorer()
+        return ScenesScorer().load()
     is_open_clip = (Path(options.scorer).expanduser() / "open_clip_config.json").is_file()
     if options.architecture is not None or is_open_clip:
         return load_open_clip_scorer(options.scorer, architecture=options.architecture)
     return load_clip_scorer(options.scorer)
-
-
-def _scenes_scorer() -> "ClipScorer":
-    """Read the scorer of the embedded benchmark; it takes images in [-1, 1]."""
-    from segalign.formats.clip_scorer import ClipScorer, ImageSettings
-    from segalign.scenes.base import load_scorer
-    from segalign.scenes.world import get_world
-    from segalign.text.tokenizer import clip_tokenizer
-
-    model = load_scorer(_WORLD, "shipped").requires_grad_(False)
-    model.train(False)
-    middle = (0.5, 0.5, 0.5)
-    settings = ImageSettings(image_size=get_world(_WORLD).image_size, mean=middle, std=middle)
-    return ClipScorer(model, clip_tokenizer(), settings)

@@ -12,6 +12,7 @@ from segalign.errors import ConfigError
 if TYPE_CHECKING:
     from segalign.diffusion.model_card import ModelCard
     from segalign.generation.opening import RunLoader
+    from segalign.rewards.scorer_card import ScorerCard
     from segalign.text.settings import TextEncoding
 
 _FORMATS = ("diffusers", "lora", "official-lora", "clip")
@@ -74,7 +75,12 @@ def _export(options: Namespace, load_run: "RunLoader") -> None:
     weights = choose_weights(module, options.weights)
     with module.weights(weights):
         if options.format == "clip":
-            save_scorer_folder(module.scorer, Path(options.out))
+            save_scorer_folder(
+                module.scorer,
+                Path(options.out),
+                card=_scorer_card(module, checkpoint, weights),
+                max_logit_scale=module.max_logit_scale,
+            )
         elif options.format == "diffusers":
             save_pipeline_folder(module, Path(options.out), _card(module, checkpoint, weights))
         else:
@@ -179,6 +185,22 @@ def _card(module: Any, checkpoint: Path, weights: str) -> "ModelCard":
         step=stored_step(checkpoint),
         weights=weights,
         settings={**_text_facts(module.text), "Sampler": repr(module.sampler)},
+    )
+
+
+def _scorer_card(module: Any, checkpoint: Path, weights: str) -> "ScorerCard":
+    """Collect what is known of a run that trained a scorer."""
+    from segalign.rewards.scorer_card import ScorerCard
+    from segalign.run_directory import META_FILE, file_digest, stored_step
+
+    return ScorerCard(
+        source=repr(module.scorer_source),
+        trained=repr(module.trained),
+        losses=module.objective.weights(),
+        checkpoint=file_digest(checkpoint / META_FILE),
+        step=stored_step(checkpoint),
+        weights=weights,
+        segmenter=module.scorer.segmenter,
     )
 
 

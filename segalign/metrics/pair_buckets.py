@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from segalign.errors import DataError
-from segalign.metrics.caption_segments import caption_segments
 from segalign.rewards.segment_scorer import SegmentScorer
 from segalign.text.segmenter import Segmenter
 from segalign.text.tokenizer import CONTEXT_LENGTH, word_token_ids
@@ -65,8 +64,8 @@ def fact_place(scorer: SegmentScorer, caption: str, start: int, end: int) -> str
 
 def fact_segment(scorer: SegmentScorer, segmenter: Segmenter, caption: str, start: int) -> str:
     """Sort a character by the number of the segment, as it is scored, that holds it."""
-    segments = caption_segments(scorer, segmenter, caption)
-    before = sum(segment.end <= start for segment in segments)
+    pieces = scorer.pieces(caption, segmenter)
+    before = sum(piece.end <= start for piece in pieces)
     return FACT_SEGMENTS[segment_group(before)]
 
 

@@ -5,7 +5,6 @@ Dims: B batch, N samples, T readings of a caption, E joint-embedding width.
 Reference: arXiv 2410.11817, the tables of retrieval by text embedding and by number of sentences.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, Final, TypedDict
 
@@ -16,8 +15,9 @@ from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
 from segalign.errors import ConfigError, DataError
+from segalign.losses.contrastive import text_keys
+from segalign.metrics.host_gather import gather_to_host
 from segalign.metrics.ranking import MAX_LENGTH, from_fixed_point, gallery_ranks, to_fixed_point
-from segalign.metrics.row_gather import gather_rows
 from segalign.rewards.decomposition import text_relevant, unit_mean
 
 TEXT_PARTS: Final = ("C", "C_perp")
@@ -79,7 +79,7 @@ class Retrieval(Metric):
         common_direction: Tensor | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(**{"dist_sync_fn": gather_rows, **settings})
+        super().__init__(**{"dist_sync_fn": gather_to_host, **settings})
         if gallery_size is not None and gallery_size < 2:
             raise ConfigError(
                 f"expected `gallery_size` to be at least 2; got {gallery_size}; raise it, or give "
@@ -118,9 +118,8 @@ class Retrieval(Metric):
             features.detach().float().cpu()[kept] for features in (image_features, text_features)
         )
         _check_features(ids, images, texts)
-        keys = [caption_key(one) for one, is_kept in zip(captions, kept, strict=True) if is_kept]
         self.sample_ids.append(ids)
-        self.caption_keys.append(torch.tensor(keys, dtype=torch.int64))
+        self.caption_keys.append(text_keys(captions)[kept])
         self.image_features.append(images)
         self.text_features.append(texts)
 
@@ -182,12 +181,6 @@ class Retrieval(Metric):
         else:
             direction = self.common_direction.double()
         return points, to_fixed_point(text_relevant(texts.double(), direction))
-
-
-def caption_key(caption: str) -> int:
-    """Condense a caption to 64 bits, which are equal for equal captions."""
-    digest = hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=8)
-    return int.from_bytes(digest.digest(), signed=True)
 
 
 def chance_recall(cutoff: int, gallery_size: int) -> float:

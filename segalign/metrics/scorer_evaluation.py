@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from segalign.errors import DataError
-from segalign.metrics.caption_segments import segment_features
 from segalign.metrics.pair_accuracy import PairAccuracy
 from segalign.metrics.pair_buckets import pair_buckets
 from segalign.metrics.ranking import to_fixed_point
@@ -104,7 +103,7 @@ class ScorerEvaluation:
 
     def _texts(self, captions: list[str]) -> tuple[Tensor, SegmentFeatures]:
         """Encode captions whole and in segments."""
-        segments = segment_features(self.scorer, self.segmenter, captions)
+        segments = self.scorer.segment_features(captions, segmenter=self.segmenter)
         return self.scorer.text_features(captions), segments
 
     def _add_images(

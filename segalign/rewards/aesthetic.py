@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from typing_extensions import override
 
 from segalign.errors import ConfigError, DataError
 from segalign.formats.clip_scorer import ResizeFilter, Scorer, load_clip_scorer
@@ -61,6 +62,11 @@ class AestheticReward(FrozenReward):
                 f"model's; got {width}; give the CLIP model that it was trained on"
             )
         self.freeze()
+
+    @override
+    def set_step(self, step: int) -> None:
+        """Tell the step of the crop: see ``FrozenReward``."""
+        self.scorer.preprocessing.step = step
 
     def forward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Score each image: see ``Reward``.

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from segalign.errors import DataError
 from segalign.formats.clip_scorer import ResizeFilter, Scorer, load_clip_scorer
-from segalign.rewards.common_direction import CommonDirection
+from segalign.rewards.common_direction import CommonDirection, observe_direction
 from segalign.rewards.decomposition import common_share, reweight, text_irrelevant
 from segalign.rewards.protocol import FrozenReward, check_batch
 from segalign.rewards.segment_scorer import SegmentFeatures, SegmentScorer
@@ -89,6 +89,11 @@ class ClipReward(FrozenReward):
         self.common_direction = common_direction
         self.omega = omega
 
+    @override
+    def set_step(self, step: int) -> None:
+        """Tell the step of the crop: see ``FrozenReward``."""
+        self.scorer.preprocessing.step = step
+
     @classmethod
     def from_pretrained(cls, source: str, **settings: object) -> "ClipReward":
         """Read the model from a folder or the hub; ``settings`` are those of the constructor."""
@@ -156,6 +161,9 @@ class ClipReward(FrozenReward):
     def score_parts(self, images: Tensor, captions: Sequence[str]) -> ScoreParts:
         """Score images and take the scores apart, for logs and reports; no gradient.
 
+        The common direction learns nothing from it. One that follows the batches is asked on all
+        ranks, so that all of them must call this.
+
         Raises:
             ValueError: If there is no common direction.
         """
@@ -166,7 +174,7 @@ class ClipReward(FrozenReward):
             image_features = self.image_features(images)
             segments = self.segment_features(captions)
             text = self._mean(segments)
-            direction = self.common_direction(text)
+            direction = observe_direction(self.common_direction, text)
             plain = (image_features * text).sum(dim=-1)
             along = (image_features * text_irrelevant(text, direction)).sum(dim=-1)
             scores = _scores_of(segments, image_features)

@@ -9,33 +9,40 @@ Dims: B batch, E joint-embedding width, R ranks.
 Reference: arXiv 2410.11817; the official code estimates from the batch of all ranks.
 """
 
-import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, distributed, nn
+from torch import Tensor
 
 from segalign.atomic import write_bytes_atomic
 from segalign.errors import ConfigError, DataError
+from segalign.rewards.batch_directions import ESTIMATE_COMMAND as ESTIMATE_COMMAND
+from segalign.rewards.batch_directions import MIN_BATCH as MIN_BATCH
+from segalign.rewards.batch_directions import BatchDirection as BatchDirection
+from segalign.rewards.batch_directions import EmaDirection as EmaDirection
+from segalign.rewards.batch_directions import KeepsPrecision
+from segalign.rewards.batch_directions import check_decay as check_decay
+from segalign.rewards.batch_directions import sum_over_ranks as sum_over_ranks
 from segalign.rewards.decomposition import common_share, unit_mean
 
-MIN_BATCH = 64
 MIN_CORPUS = 512
-ESTIMATE_COMMAND = "python main.py direction estimate"
 # float32 keeps the length of a vector of 2**12 numbers much better.
 _UNIT_TOLERANCE = 1e-3
 _KEY = "common_direction"
-_logger = logging.getLogger(__name__)
 
 
 class CommonDirection(Protocol):
-    """An estimate of the common direction V."""
+    """An estimate of the common direction V.
+
+    One that learns from calls has a method ``observe``, which takes and returns the same and learns
+    nothing: see `observe_direction`.
+    """
 
     def __call__(self, text_features: Tensor) -> Tensor:
         """Return V for a batch.
@@ -47,6 +54,19 @@ class CommonDirection(Protocol):
             Unit vector ``(E,)``, without gradient.
         """
         ...
+
+
+def observe_direction(estimate: CommonDirection, text_features: Tensor) -> Tensor:
+    """Return an estimate's V for a batch, for logs and reports; it learns nothing.
+
+    Those that follow the batches may sum over ranks, so that all ranks must call this.
+
+    Args:
+        estimate: The estimate.
+        text_features: See ``CommonDirection``.
+    """
+    observe: CommonDirection = getattr(estimate, "observe", estimate)
+    return observe(text_features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +120,11 @@ class CorpusMean:
         return unit_mean(self._total, self.count)
 
 
-class CorpusDirection(nn.Module):
+class CorpusDirection(KeepsPrecision):
     """A direction that was estimated once, from many captions.
 
     Args:
-        direction: V, unit vector ``(E,)``.
+        direction: V, unit vector ``(E,)``; kept in float32 when a reward is cast.
         provenance: Where it comes from.
     """
 
@@ -171,81 +191,6 @@ class CorpusDirection(nn.Module):
             raise DataError(
                 f"expected a common direction in `{path}`; got: {error}; estimate it again"
             ) from error
-
-
-class BatchDirection(nn.Module):
-    """The direction of the current batch of all ranks, as the official code estimates it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._warned = False
-
-    def forward(self, text_features: Tensor) -> Tensor:
-        """Estimate V from the batch; warns once below 64 captions."""
-        total, count = sum_over_ranks(text_features)
-        if count < MIN_BATCH and not self._warned:
-            self._warned = True
-            _logger.warning(
-                "the common direction is estimated from %d captions; the text-relevant part of "
-                "each is weakened by up to 1/%d; use a direction of a corpus, made with `%s`",
-                count,
-                count,
-                ESTIMATE_COMMAND,
-            )
-        return unit_mean(total, count).to(text_features)
-
-
-class EmaDirection(nn.Module):
-    """The direction of a moving average of batch means; it learns in training mode only.
-
-    Args:
-        decay: Decay of the average per batch, in [0, 1).
-    """
-
-    mean: Tensor
-
-    def __init__(self, decay: float = 0.99) -> None:
-        super().__init__()
-        check_decay(decay)
-        self.decay = decay
-        self.register_buffer("mean", torch.zeros(0, dtype=torch.float64))
-
-    def forward(self, text_features: Tensor) -> Tensor:
-        """Move the average to the batch's mean, and return its direction."""
-        if self.training or not len(self.mean):
-            total, count = sum_over_ranks(text_features)
-            mean = total / count
-            self.mean = mean if not len(self.mean) else torch.lerp(mean, self.mean, self.decay)
-        return unit_mean(self.mean, 1).to(text_features)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Take a saved average, whose width is known only once there is one."""
-        if (saved := state_dict.get(f"{prefix}mean")) is not None:
-            self.mean = torch.empty_like(saved, device=self.mean.device)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def check_decay(decay: float) -> None:
-    """Refuse a decay outside [0, 1).
-
-    Raises:
-        ConfigError: If it is.
-    """
-    if not 0 <= decay < 1:
-        raise ConfigError(f"expected `decay` in [0, 1); got {decay}; try 0.99")
-
-
-def sum_over_ranks(text_features: Tensor) -> tuple[Tensor, int]:
-    """Sum features over the batch and all ranks, in float64.
-
-    Returns:
-        The sum ``(E,)``, without gradient, and the number of features.
-    """
-    features = text_features.detach().double()
-    total = torch.cat([features.sum(dim=0), features.new_tensor([float(len(features))])])
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(total)
-    return total[:-1], int(total[-1])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ Dims: B batch, E joint-embedding width.
 Reference: arXiv 2410.11817, decomposed preference optimisation.
 """
 
-import torch
+import math
+
 from torch import Tensor
 
 from segalign.errors import ConfigError, DataError
@@ -81,12 +82,13 @@ def unit_mean(total: Tensor, count: int) -> Tensor:
     """
     mean = total / count
     norm = mean.norm()
-    if not torch.isfinite(norm):
+    length = norm.item()
+    if not math.isfinite(length):
         raise DataError(
             f"expected finite text features for the common direction; the mean of {count} is not; "
             "look for NaN in the model's weights"
         )
-    if norm < _MIN_NORM:
+    if length < _MIN_NORM:
         raise DataError(
             f"expected text features that share a direction; those of {count} captions cancel out; "
             "use more captions, or another model"

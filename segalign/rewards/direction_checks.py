@@ -3,21 +3,20 @@
 Dims: E joint-embedding width.
 """
 
+import copy
 import hashlib
 import json
 import logging
+from typing import Any
 
 import torch
 from torch import nn
 
 from segalign.errors import ConfigError, DataError
-from segalign.rewards.common_direction import (
-    ESTIMATE_COMMAND,
-    MIN_BATCH,
-    CommonDirection,
-    CorpusDirection,
-)
+from segalign.rewards.batch_directions import ESTIMATE_COMMAND, MIN_BATCH, check_not_single
+from segalign.rewards.common_direction import CommonDirection, CorpusDirection
 from segalign.rewards.segment_scorer import SegmentScorer
+from segalign.rewards.trained_parts import merge_adapters
 from segalign.text.feature_store import weights_digest
 from segalign.text.segmenter import Segmenter
 from segalign.text.segmenters import build_segmenter, describe_segmenter
@@ -30,17 +29,29 @@ def text_digest(scorer: SegmentScorer) -> str:
     """Hash what a scorer embeds texts with: text model and projection, 32 hex digits.
 
     Moves leave it as it is; casts do not, so take it of the weights as they were read. Of a
-    ``CLIPModel`` and of the same weights in ``open_clip``'s own layout it differs.
+    ``CLIPModel`` and of the same weights in ``open_clip``'s own layout it differs. With low-rank
+    adapters it is that of the merged weights, and so of the folder that such a run is exported to.
     """
-    digest = hashlib.blake2b(weights_digest(scorer.tower.text_model).encode(), digest_size=16)
+    text_model = _without_adapters(scorer.tower.text_model)
+    digest = hashlib.blake2b(weights_digest(text_model).encode(), digest_size=16)
     # Towers of `open_clip` hold their projection themselves.
     projection = getattr(scorer.model, "text_projection", None)
-    weights = projection.state_dict() if isinstance(projection, nn.Module) else {}
-    for name, weight in sorted(weights.items()):
-        digest.update(f"\n{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        raw = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().data)
+    if isinstance(projection, nn.Module):
+        for name, weight in sorted(_without_adapters(projection).state_dict().items()):
+            digest.update(f"\n{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+            raw = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(raw.numpy().data)
     return digest.hexdigest()
+
+
+def _without_adapters(part: Any) -> Any:
+    """Return a part of a model; of one with adapters, what export makes of it: merged, float32."""
+    if not any(".lora_A." in f".{name}" for name in part.state_dict()):
+        return part
+    # On the CPU, where export merges too: other processors round products differently.
+    merged = nn.ModuleDict({"part": copy.deepcopy(part).cpu()})
+    merge_adapters(merged)
+    return merged["part"].float()
 
 
 def describe_text(segmenter: Segmenter | None) -> str:
@@ -125,12 +136,7 @@ def check_batch_estimate(num_captions: int) -> None:
     Raises:
         ConfigError: If it is 1: the text-relevant part would be weakened as much as the other.
     """
-    if num_captions < 2:
-        raise ConfigError(
-            "expected at least 2 captions in a global batch for the `batch` estimate of the common "
-            f"direction; got {num_captions}, of which it would only rescale the score; raise "
-            f"`global_batch_size`, or use a direction of a corpus, made with `{ESTIMATE_COMMAND}`"
-        )
+    check_not_single(num_captions)
     if num_captions < MIN_BATCH:
         _logger.warning(
             "each common direction will be estimated from %d captions; below %d the text-relevant "

@@ -4,13 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from segalign.rewards.common_direction import (
-    BatchDirection,
-    CommonDirection,
-    CorpusDirection,
-    EmaDirection,
-    check_decay,
-)
+from segalign.rewards.batch_directions import BatchDirection, EmaDirection, check_decay
+from segalign.rewards.common_direction import CommonDirection, CorpusDirection
 from segalign.rewards.direction_checks import (
     check_batch_estimate,
     check_direction,
@@ -77,6 +72,6 @@ class BatchEstimate:
     """The direction of each batch over all ranks, as the official code has it."""
 
     def build(self, scorer: SegmentScorer, *, num_captions: int) -> CommonDirection:
-        """See ``DirectionSource``."""
+        """See ``DirectionSource``; a batch of one caption is refused here, and when it is met."""
         check_batch_estimate(num_captions)
-        return BatchDirection()
+        return BatchDirection(refuse_single=True)

@@ -40,6 +40,7 @@ class ImagePreprocessing(nn.Module):
         self.crop = crop
         self.seed = seed
         self.step = 0
+        self._normalisations: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images in [0, 1], ``(B, 3, H, W)``, to ``(B, 3, S, S)``.
@@ -51,11 +52,7 @@ class ImagePreprocessing(nn.Module):
             top, left = self.crop_place(*images.shape[-2:])
             images = images[..., top : top + self.crop, left : left + self.crop]
         images = self._to_square(images)
-        # Not buffers: a module cast to bfloat16 would round them.
-        mean, std = (
-            torch.tensor(values, dtype=images.dtype, device=images.device).view(3, 1, 1)
-            for values in (self.settings.mean, self.settings.std)
-        )
+        mean, std = self._normalisation(images.device, images.dtype).unbind()
         return (images - mean) / std
 
     def crop_place(self, height: int, width: int) -> tuple[int, int]:
@@ -70,6 +67,19 @@ class ImagePreprocessing(nn.Module):
         rooms = (height - self.crop + 1, width - self.crop + 1)
         top, left = (int(draw * room) for draw, room in zip(draws, rooms, strict=True))
         return top, left
+
+    def _normalisation(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return mean and deviation, ``(2, 3, 1, 1)``; copied to each device once.
+
+        They are no buffer: a module cast to bfloat16 would round them.
+        """
+        if (device, dtype) not in self._normalisations:
+            # A tensor of inference mode would be of no use to gradients later.
+            with torch.inference_mode(False):
+                values = [self.settings.mean, self.settings.std]
+                made = torch.tensor(values, dtype=dtype, device=device).view(2, 3, 1, 1)
+            self._normalisations[device, dtype] = made
+        return self._normalisations[device, dtype]
 
     def _to_square(self, images: Tensor) -> Tensor:
         """Resize, and cut the centre or fill up where an image is no square."""

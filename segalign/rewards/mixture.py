@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from segalign.errors import ConfigError, DataError
-from segalign.rewards.protocol import Reward, RewardSource
+from segalign.rewards.protocol import Reward, RewardSource, set_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,11 @@ class RewardMixture(nn.Module):
         # Registered, so that moves and modes reach the networks.
         networks = {n: r for n, r in self.rewards.items() if isinstance(r, nn.Module)}
         self.networks = nn.ModuleDict(networks)
+
+    def set_step(self, step: int) -> None:
+        """Tell all rewards the optimizer step: see ``set_step`` of the protocol."""
+        for reward in self.rewards.values():
+            set_step(reward, step)
 
     def forward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Score images: see ``Reward``."""

@@ -3,7 +3,8 @@
 Dims: B batch, H/W pixels.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -67,6 +68,13 @@ class FrozenReward(nn.Module):
             if any(module.training for module in network.modules()):
                 network.eval()
 
+    def set_step(self, step: int) -> None:
+        """Take note of the optimizer step, on which random crops depend; here: do nothing.
+
+        Args:
+            step: Optimizer steps so far.
+        """
+
     @override
     def train(self, mode: bool = True) -> Self:
         """Set the mode of everything but the networks."""
@@ -81,6 +89,18 @@ class FrozenReward(nn.Module):
         super().requires_grad_(requires_grad)
         self.freeze()
         return self
+
+
+def set_step(reward: Reward, step: int) -> None:
+    """Tell a reward the optimizer step, if it wants to know; call it before each step's rewards.
+
+    Args:
+        reward: Any reward, also a mixture.
+        step: Optimizer steps so far, the same on all ranks.
+    """
+    tell: Callable[[int], None] | None = getattr(reward, "set_step", None)
+    if tell is not None:
+        tell(step)
 
 
 def check_batch(images: Tensor, captions: Sequence[str]) -> None:
@@ -108,8 +128,9 @@ def check_batch(images: Tensor, captions: Sequence[str]) -> None:
         raise DataError(
             f"expected float images in [0, 1] for a reward; got {images.dtype}; divide bytes by 255"
         )
-    low, high = (bound.item() for bound in torch.aminmax(images.detach().float()))
-    if not (torch.isfinite(torch.tensor([low, high])).all()):
+    # Both bounds in one transfer, for which a GPU is waited for.
+    low, high = torch.stack(torch.aminmax(images.detach().float())).tolist()
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise NonFiniteError(
             "expected finite images for a reward; got NaN or infinity; see what made the images"
         )

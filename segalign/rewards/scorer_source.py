@@ -1,7 +1,7 @@
 """Where the model comes from that preference training starts with."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from transformers import CLIPConfig, CLIPModel
 
@@ -9,6 +9,7 @@ from segalign.errors import ConfigError
 from segalign.formats.clip_scorer import ClipScorer, ImageSettings, Scorer, load_clip_scorer
 from segalign.text.tokenizer import VOCAB_SIZE, clip_tokenizer
 
+CLIP_H: Final = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 # Width, width of the feed-forward layers, blocks, heads.
 _IMAGE_SIZES = {"vit-h-14": (1280, 5120, 32, 16), "tiny": (32, 64, 2, 2)}
 _TEXT_SIZES = {"vit-h-14": (1024, 4096, 24, 16), "tiny": (32, 64, 2, 2)}
@@ -33,7 +34,7 @@ class PretrainedScorer:
             or to try a recipe.
     """
 
-    model: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    model: str = CLIP_H
     init: Literal["pretrained", "random"] = "pretrained"
 
     def load(self) -> Scorer:

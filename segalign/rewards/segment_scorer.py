@@ -17,7 +17,7 @@ from segalign.formats.clip_scorer import ResizeFilter, Scorer
 from segalign.rewards.image_preprocessing import ImagePreprocessing
 from segalign.text.clip_tower import ClipTower
 from segalign.text.long_segments import cut_segment
-from segalign.text.segmenter import Segmenter
+from segalign.text.segmenter import Segment, Segmenter
 from segalign.text.tokenizer import TextCleaning
 
 
@@ -120,6 +120,7 @@ class SegmentScorer(nn.Module):
         self,
         captions: Sequence[str],
         encode: Callable[[Sequence[str]], Tensor] | None = None,
+        segmenter: Segmenter | None = None,
     ) -> SegmentFeatures:
         """Embed the segments of captions, over-long ones cut further.
 
@@ -128,23 +129,34 @@ class SegmentScorer(nn.Module):
         Args:
             captions: ``B`` captions.
             encode: Embeds the segments instead of ``text_features``, for instance in chunks.
+            segmenter: Splits the captions instead of the scorer's own.
         """
-        split = [self.split(caption) for caption in captions]
+        split = [self.split(caption, segmenter) for caption in captions]
         texts = [text for one in split for text in one]
         features = (encode or self.text_features)(texts)
         counts = torch.tensor([len(one) for one in split], device=features.device)
         rows = torch.arange(len(split), device=features.device)
         return SegmentFeatures(features, rows.repeat_interleave(counts), texts)
 
-    def split(self, caption: str) -> list[str]:
-        """Split a caption into the texts that are embedded, at least one."""
-        if self.segmenter is None:
-            return [caption]
+    def split(self, caption: str, segmenter: Segmenter | None = None) -> list[str]:
+        """Split a caption into the texts that are embedded, at least one: see `pieces`."""
+        return [piece.text for piece in self.pieces(caption, segmenter)]
+
+    def pieces(self, caption: str, segmenter: Segmenter | None = None) -> list[Segment]:
+        """Split a caption into the segments that are embedded, at least one.
+
+        Args:
+            caption: The caption.
+            segmenter: Splits it instead of the scorer's own; without either it is one segment.
+        """
+        whole = [Segment(caption, 0, len(caption))]
+        chosen = segmenter or self.segmenter
+        if chosen is None:
+            return whole
+        tower = self.tower
         pieces = [
-            piece.text
-            for segment in self.segmenter.split(caption)
-            for piece in cut_segment(
-                segment, self.tower.max_word_tokens, self.tower.count_word_tokens
-            )
+            piece
+            for segment in chosen.split(caption)
+            for piece in cut_segment(segment, tower.max_word_tokens, tower.count_word_tokens)
         ]
-        return pieces or [caption]
+        return pieces or whole

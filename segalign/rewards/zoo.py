@@ -14,18 +14,17 @@ from torch import nn
 from segalign.errors import ConfigError
 from segalign.formats.clip_scorer import ImageFit, ResizeFilter, Scorer
 from segalign.formats.open_clip_scorer import load_open_clip_scorer, random_open_clip_scorer
+from segalign.rewards.batch_directions import MIN_BATCH, BatchDirection
 from segalign.rewards.clip_reward import ClipReward
-from segalign.rewards.common_direction import MIN_BATCH, BatchDirection
 from segalign.rewards.direction_checks import check_batch_estimate
 from segalign.rewards.direction_settings import DirectionSource
 from segalign.rewards.protocol import Reward
-from segalign.rewards.scorer_source import PretrainedScorer
+from segalign.rewards.scorer_source import CLIP_H, PretrainedScorer
 from segalign.text.segmenter import Segmenter, SentenceSegmenter
 from segalign.text.tokenizer import TextCleaning
 
 TextPart = Literal["segments", "whole"]
 Precision = Literal["float32", "bfloat16", "float16"]
-CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +106,7 @@ class ClipSettings(ABC):
             cache_bytes=self.cache_megabytes * 2**20,
         )
         if self.common_direction is not None:
-            # How many captions a call has is known to the caller: see `check_global_batch`.
+            # How many captions a call has shows when it is called: a batch of one is refused then.
             reward.common_direction = self.common_direction.build(
                 reward.scorer, num_captions=MIN_BATCH
             )
@@ -204,6 +203,8 @@ class Hpsv21(Hpsv2):
 
 def check_global_batch(reward: Reward, num_captions: int) -> None:
     """Refuse a global batch of one caption where a reward estimates V from its batches.
+
+    Calling such a reward refuses it too; this tells before weights are moved and images made.
 
     Args:
         reward: Any reward, also a mixture.

@@ -21,7 +21,9 @@ def estimate(rank: int, folder: str) -> None:
     )
     # Uneven shares: 70 of one rank, 10 of the other.
     own = features().split([70, 10])[rank]
-    found = torch.stack([BatchDirection()(own), EmaDirection()(own)])
+    # One caption of each rank is a batch of two.
+    BatchDirection(refuse_single=True)(own[:1])
+    found = torch.stack([BatchDirection()(own), EmaDirection()(own), EmaDirection().observe(own)])
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 

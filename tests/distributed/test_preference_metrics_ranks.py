@@ -7,7 +7,7 @@ import torch
 from torch import distributed, multiprocessing
 from torch.nn import functional as F
 
-from segalign.metrics import row_gather
+from segalign.metrics import host_gather
 from segalign.metrics.pair_accuracy import PairAccuracy
 from segalign.metrics.pair_buckets import BUCKETS
 from segalign.metrics.retrieval import Retrieval
@@ -63,7 +63,7 @@ def count_pairs(rows, group=None) -> list[torch.Tensor]:
 
 def compute(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    row_gather._CHUNK_BYTES = 1000  # several chunks, the last of them not full
+    host_gather._CHUNK_BYTES = 1000  # several chunks, the last of them not full
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3
     )

@@ -90,13 +90,13 @@ def test_a_report_is_written(shards, direction, tmp_path, capsys):
 
 def test_an_image_is_read_as_it_is(shards, direction):
     """The pairs of scenes score alike, decoded from shards or drawn anew."""
-    from segalign.commands.direction import _scenes_scorer
     from segalign.data.loaders import open_shards
     from segalign.rewards.direction_report import read_pairs
     from segalign.rewards.segment_scorer import SegmentScorer
     from segalign.scenes.samples import make_sample
+    from segalign.scenes.scorers import ScenesScorer
 
-    scorer = SegmentScorer(_scenes_scorer())
+    scorer = SegmentScorer(ScenesScorer().load())
     pairs = read_pairs(open_shards(shards), scorer, num_pairs=5, batch_size=2)
     assert pairs.sample_ids == [0, 3, 4]
     samples = [make_sample("3x3", 0, number, length="short") for number in pairs.sample_ids]
@@ -173,16 +173,16 @@ def test_errors_are_one_line_with_a_code(capsys, argv, code, message):
 
 
 def test_weights_that_are_not_finite_are_one_line(shards, tmp_path, monkeypatch, capsys):
-    from segalign.scenes import base
+    from segalign.scenes import scorers
 
-    load_scorer = base.load_scorer
+    load_scorer = scorers.load_scorer
 
     def broken(world, source):
         model = load_scorer(world, source)
         torch.nn.init.constant_(model.text_projection.weight, torch.nan)
         return model
 
-    monkeypatch.setattr(base, "load_scorer", broken)
+    monkeypatch.setattr(scorers, "load_scorer", broken)
     path = tmp_path / "v.safetensors"
     assert run(["estimate", shards, "--scorer", "scenes", "--out", path]) == 65
     error = capsys.readouterr().err.splitlines()[-1]

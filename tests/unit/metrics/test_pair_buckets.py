@@ -4,7 +4,6 @@ import pytest
 from toy_scorer import toy_scorer
 
 from segalign.errors import DataError
-from segalign.metrics.caption_segments import caption_segments
 from segalign.metrics.pair_buckets import (
     SEGMENT_GROUPS,
     fact_place,
@@ -77,7 +76,7 @@ def test_a_segment_is_found_by_its_first_character(scorer):
 
 def test_pieces_of_a_long_segment_count(scorer):
     caption = "dog and " * 100 + "owl."
-    assert len(caption_segments(scorer, SENTENCES, caption)) == 3
+    assert len(scorer.pieces(caption, SENTENCES)) == 3
     assert fact_segment(scorer, SENTENCES, caption, len(caption) - 4) == "fact_in_segment/2-3"
 
 

@@ -5,7 +5,6 @@ import torch
 from toy_scorer import toy_caption, toy_scorer
 
 from segalign.errors import ConfigError
-from segalign.metrics.caption_segments import segment_features
 from segalign.metrics.text_readings import TextReadings, segment_positions
 from segalign.text.segmenter import SentenceSegmenter
 
@@ -33,11 +32,11 @@ def test_segments_are_numbered_by_caption():
     assert segment_positions(torch.tensor([0, 0, 0, 1, 2, 2])).tolist() == [0, 1, 2, 0, 0, 1]
 
 
-def test_captions_split_as_the_scorer_splits():
+def test_any_scorer_reads_in_segments_with_a_given_segmenter():
     scorer = toy_scorer(SentenceSegmenter())
     captions = [toy_caption(3), "dog and " * 100 + "owl. It rains.", ""]
     theirs = scorer.segment_features(captions)
-    found = segment_features(toy_scorer(), SentenceSegmenter(), captions)
+    found = toy_scorer().segment_features(captions, segmenter=SentenceSegmenter())
     assert found.texts == theirs.texts
     assert torch.equal(found.owner, theirs.owner)
     assert torch.equal(found.features, theirs.features)

@@ -6,10 +6,13 @@ from torch import nn
 
 from segalign.errors import ConfigError, DataError, NonFiniteError
 from segalign.formats.clip_scorer import ImageSettings
+from segalign.rewards.aesthetic import AestheticReward, aesthetic_head
 from segalign.rewards.clip_reward import ClipReward
 from segalign.rewards.common_direction import EmaDirection
 from segalign.rewards.decomposition import common_share
 from segalign.rewards.image_preprocessing import ImagePreprocessing
+from segalign.rewards.mixture import RewardMixture, WeightedReward
+from segalign.rewards.protocol import set_step
 from segalign.text.segmenter import SentenceSegmenter
 
 CAPTIONS = ["A red fox sits on a wall. It is night. The moon shines.", "Two owls."]
@@ -110,6 +113,38 @@ def test_the_random_crop_is_a_function_of_seed_and_step():
     assert drawn == list(places(0))
     assert drawn != list(places(1))
     assert {row for row, _ in drawn} == {column for _, column in drawn} == set(range(9))
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_the_step_moves_the_crop(scorer, is_mixed):
+    reward = ClipReward(scorer, crop=17)
+    looks = AestheticReward(scorer, aesthetic_head(12), crop=17, seed=1)
+    rewards = {"text": reward, "looks": looks, "plain": lambda images, captions: images.mean()}
+    mixture = RewardMixture({n: WeightedReward(reward=one) for n, one in rewards.items()})
+    told = (mixture,) if is_mixed else rewards.values()
+    places = set()
+    for step in range(20):
+        for one in told:
+            set_step(one, step)
+        parts = [each.scorer.preprocessing for each in (reward, looks)]
+        assert [part.step for part in parts] == [step, step]
+        places.add(parts[0].crop_place(24, 20))
+    assert len(places) > 5
+
+
+def test_looking_at_parts_teaches_nothing(scorer, images):
+    """Logs leave the moving average alone, before there is one and after."""
+    logged, plain = (ClipReward(scorer, common_direction=EmaDirection(), omega=0.3) for _ in "ab")
+    for captions in (CAPTIONS, CAPTIONS[::-1], ["One dog.", "Rain."]):
+        logged.score_parts(images, ["A storm.", "Two."])
+        assert torch.equal(logged(images, captions), plain(images, captions))
+    assert torch.equal(logged.common_direction.mean, plain.common_direction.mean)
+
+
+def test_evaluation_starts_no_average(scorer, images):
+    reward = ClipReward(scorer, common_direction=EmaDirection(), omega=0.3).eval()
+    reward(images, CAPTIONS)
+    assert not len(reward.common_direction.mean)
 
 
 def test_images_smaller_than_the_crop_are_refused(scorer, images):

@@ -13,6 +13,7 @@ from segalign.rewards.common_direction import (
     CorpusMean,
     EmaDirection,
     Provenance,
+    observe_direction,
     share_statistics,
 )
 from segalign.rewards.decomposition import reweight, text_relevant, unit_mean
@@ -145,6 +146,54 @@ def test_the_moving_average_learns_in_training_only():
     torch.testing.assert_close(estimate(second), expected / expected.norm())
     estimate.eval()
     torch.testing.assert_close(estimate(first), expected / expected.norm())
+
+
+def test_observing_leaves_the_average_alone():
+    """In any mode; before there is an average, V is the batch's own, and is forgotten."""
+    first, second = cone(32, 1)[0], cone(32, 2)[0]
+    estimate = EmaDirection(decay=0.75)
+    assert torch.equal(estimate.observe(first), unit_mean(first.sum(0), 32))
+    assert torch.equal(estimate.eval()(second), unit_mean(second.sum(0), 32))
+    assert not len(estimate.mean)
+    known = estimate.train()(first)
+    assert torch.equal(estimate.observe(second), known)
+    assert torch.equal(estimate.eval()(second), known)
+    expected = 0.75 * first.mean(0) + 0.25 * second.mean(0)
+    torch.testing.assert_close(estimate.train()(second), expected / expected.norm())
+
+
+def test_any_estimate_can_be_observed():
+    features, direction = cone(64)
+    corpus = CorpusDirection(direction, FACTS)
+    for estimate in (corpus, BatchDirection(), EmaDirection(), lambda given: given.mean(0)):
+        assert torch.equal(observe_direction(estimate, features), estimate(features))
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64])
+def test_casts_leave_directions_exact(cast):
+    features = cone(32)[0]
+    corpus, moving = CorpusDirection(unit_mean(features.sum(0), 32), FACTS), EmaDirection()
+    expected = corpus(features), moving(features)
+    holder = torch.nn.ModuleList([corpus, moving]).to(cast)
+    assert (corpus.direction.dtype, moving.mean.dtype) == (torch.float32, torch.float64)
+    assert torch.equal(corpus(features), expected[0])
+    torch.testing.assert_close(moving(features), expected[1], rtol=0, atol=1e-15)
+    # They still move.
+    assert {tensor.device.type for tensor in holder.to("meta").buffers()} == {"meta"}
+
+
+def test_an_average_that_was_saved_in_low_precision_goes_on():
+    estimate = EmaDirection()
+    estimate.load_state_dict({"mean": cone(32)[0].mean(0).bfloat16()})
+    assert estimate(cone(32)[0]).dtype == estimate.mean.dtype == torch.float64
+
+
+@pytest.mark.parametrize("read", ["forward", "observe"])
+def test_a_batch_of_one_is_refused_where_that_is_asked_for(read):
+    estimate = BatchDirection(refuse_single=True)
+    with pytest.raises(ConfigError, match=r"at least 2 captions in a global batch .* got 1,"):
+        getattr(estimate, read)(cone(1)[0])
+    getattr(estimate, read)(cone(2)[0])
 
 
 def test_a_saved_moving_average_goes_on():

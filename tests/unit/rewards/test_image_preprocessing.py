@@ -65,3 +65,20 @@ def test_a_cast_keeps_mean_and_deviation_exact(images):
     preprocessing = ImagePreprocessing(ImageSettings(image_size=16))
     expected = preprocessing(images)
     assert torch.equal(preprocessing.bfloat16()(images), expected)
+
+
+def test_mean_and_deviation_are_made_once_for_each_type(monkeypatch):
+    images = torch.rand(2, 3, 16, 16, requires_grad=True)
+    preprocessing = ImagePreprocessing(ImageSettings(image_size=16))
+    made = []
+    new = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: made.append(a) or new(*a, **k))
+    # What inference mode makes must serve gradients later.
+    with torch.inference_mode():
+        expected = preprocessing(images)
+    found = preprocessing(images)
+    found.sum().backward()
+    assert torch.equal(found, expected)
+    assert images.grad is not None
+    assert preprocessing(images.double()).dtype is torch.float64
+    assert len(made) == 2

@@ -117,6 +117,15 @@ def test_a_saved_direction_is_used_and_checked(folder, tmp_path, images, make_hu
     torch.testing.assert_close(reward(images, CAPTIONS), parts.text_relevant)
 
 
+def test_a_cast_reward_keeps_its_moving_average(folder, images):
+    source = zoo.HuggingFaceClip(model=folder, common_direction=EmaEstimate(), omega=0.3)
+    reward = source.load()
+    reward(images, CAPTIONS)
+    reward.to(torch.bfloat16)
+    assert torch.isfinite(reward(images, CAPTIONS)).all()
+    assert reward.common_direction.mean.dtype is torch.float64
+
+
 def test_random_models_of_both_libraries(images, monkeypatch, make_open_clip):
     asked = []
     monkeypatch.setattr(
@@ -157,6 +166,17 @@ def test_a_batch_of_one_is_refused_where_batches_are_the_estimate():
             zoo.check_global_batch(one, 1)
         zoo.check_global_batch(one, 64)
     zoo.check_global_batch(lambda images, captions: images.mean((1, 2, 3)), 1)
+
+
+def test_a_batch_of_one_is_refused_when_it_is_scored(images):
+    source = zoo.HuggingFaceClip(
+        model="tiny", init="random", common_direction=BatchEstimate(), omega=0.3
+    )
+    reward = source.load()
+    for score in (reward, RewardMixture({"a": WeightedReward(reward=reward)})):
+        with pytest.raises(ConfigError, match="at least 2 captions in a global batch"):
+            score(images[:1], CAPTIONS[:1])
+        assert score(images, CAPTIONS).shape == (2,)
 
 
 class Trainer:

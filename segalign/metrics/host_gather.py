@@ -13,7 +13,7 @@ _MAX_TRAILING_DIMS: Final = 3
 _CHUNK_BYTES: Final = 16 * 2**20
 
 
-def gather_rows(rows: Tensor, group: Any = None) -> list[Tensor]:
+def gather_to_host(rows: Tensor, group: Any = None) -> list[Tensor]:
     """Gather rows to the host memory of every rank; a ``dist_sync_fn`` of torchmetrics.
 
     They travel in chunks, so that a GPU holds little of them at a time. A rank without rows takes
