@@ -127,13 +127,16 @@ class AdapterPart(TextAdapter, ModelMixin):
 
 
 def make_scheduler(schedule: NoiseSchedule, spacing: Spacing) -> Any:
-    """Make the scheduler of diffusers that has a model's noise levels."""
+    """Make the scheduler of diffusers that has a model's noise levels.
+
+    Diffusers knows no ``official`` spacing; where steps divide the timesteps it is ``trailing``.
+    """
     return DDIMScheduler(
         **_noise_levels(schedule),
         prediction_type=schedule.prediction_type,
         num_train_timesteps=schedule.num_timesteps,
         clip_sample=False,
-        timestep_spacing=spacing,
+        timestep_spacing="trailing" if spacing == "official" else spacing,
         steps_offset=1 if spacing == "leading" else 0,
     )
 

@@ -3,19 +3,23 @@
 Dims: B batch, T inference steps, c/h/w latents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from segalign.diffusion.sampler import DDIMSampler, Denoiser
+from segalign.diffusion.impulse_response import SMALLEST_LEVEL, impulse_response
+from segalign.diffusion.linear_path import LinearPath
+from segalign.diffusion.sampler import DDIMSampler, Denoiser, EulerSampler, LinearSampler
 from segalign.diffusion.schedule import NoiseSchedule
+from segalign.diffusion.spacing import Spacing as Spacing
+from segalign.diffusion.spacing import check_spacing
 from segalign.errors import ConfigError
 
 SchedulerName = Literal["ddim", "unipc", "dpmpp"]
-Spacing = Literal["trailing", "leading", "linspace"]
+SamplerName = Literal["ddim", "euler", "unipc", "dpmpp"]
 
 
 class Sampler(Protocol):
@@ -32,6 +36,9 @@ class Sampler(Protocol):
     @property
     def spacing(self) -> Spacing:
         """Which timesteps the steps are taken at."""
+
+    def path(self, schedule: NoiseSchedule) -> LinearPath:
+        """Tabulate where each output ends up."""
 
     def sample(
         self,
@@ -67,15 +74,16 @@ class SchedulerSampler:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        choices = {"scheduler": SchedulerName, "spacing": Spacing}
-        for name, choice in choices.items():
-            if (value := getattr(self, name)) not in get_args(choice):
-                known = ", ".join(f"`{option}`" for option in get_args(choice))
-                raise ConfigError(f"`{name}` must be one of {known}; got {value!r}. Choose one.")
-        if self.num_inference_steps < 1:
+        if self.scheduler not in get_args(SchedulerName):
+            known = ", ".join(f"`{option}`" for option in get_args(SchedulerName))
             raise ConfigError(
-                f"`num_inference_steps` must be at least 1; got {self.num_inference_steps}. "
-                "Raise it."
+                f"`scheduler` must be one of {known}; got {self.scheduler!r}. Choose one."
+            )
+        check_spacing(self.num_inference_steps, self.spacing)
+        if self.spacing == "official":
+            raise ConfigError(
+                f"expected a `spacing` that `{self.scheduler}` of diffusers has; got `official`. "
+                "Use `trailing`, which is the same where the steps divide the timesteps."
             )
 
     def build(self, schedule: NoiseSchedule) -> Any:
@@ -95,6 +103,14 @@ class SchedulerSampler:
             f"place on {schedule.num_timesteps} timesteps; got {self.num_inference_steps}. "
             "Take one less."
         )
+
+    def path(self, schedule: NoiseSchedule) -> LinearPath:
+        """Tabulate where each output ends up, by impulse response.
+
+        Raises:
+            ConfigError: If the number of steps does not fit the schedule.
+        """
+        return impulse_response(self.build(schedule), schedule)
 
     def sample(
         self,
@@ -128,14 +144,18 @@ class SchedulerSampler:
 
 
 def make_sampler(
-    name: SchedulerName,
+    name: SamplerName,
     num_inference_steps: int,
     guidance_scale: float,
     spacing: Spacing = "trailing",
 ) -> Sampler:
-    """Make the sampler that a name stands for; ``ddim`` is our own where it has the spacing."""
-    if name == "ddim" and spacing != "linspace":
-        return DDIMSampler(
+    """Make the sampler that a name stands for.
+
+    ``ddim`` is our own, except with ``linspace``, which exported folders know as diffusers'.
+    """
+    if name == "euler" or (name == "ddim" and spacing != "linspace"):
+        kind = EulerSampler if name == "euler" else DDIMSampler
+        return kind(
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, spacing=spacing
         )
     return SchedulerSampler(
@@ -148,22 +168,24 @@ def make_sampler(
 
 def change_sampler(
     sampler: Sampler,
-    name: SchedulerName | None = None,
+    name: SamplerName | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
 ) -> Sampler:
     """Make a sampler with some settings changed; None leaves a setting as it is."""
-    return make_sampler(
-        name or sampler_name(sampler),
-        sampler.num_inference_steps if num_inference_steps is None else num_inference_steps,
-        sampler.guidance_scale if guidance_scale is None else guidance_scale,
-        sampler.spacing,
-    )
+    own = sampler_name(sampler)
+    steps = sampler.num_inference_steps if num_inference_steps is None else num_inference_steps
+    scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
+    if name in (None, own) and isinstance(sampler, LinearSampler | SchedulerSampler):
+        return replace(sampler, num_inference_steps=steps, guidance_scale=scale)
+    return make_sampler(name or own, steps, scale, sampler.spacing)
 
 
-def sampler_name(sampler: Sampler) -> SchedulerName:
+def sampler_name(sampler: Sampler) -> SamplerName:
     """Return the name of a sampler, as `make_sampler` takes it."""
-    return sampler.scheduler if isinstance(sampler, SchedulerSampler) else "ddim"
+    if isinstance(sampler, SchedulerSampler):
+        return sampler.scheduler
+    return "euler" if isinstance(sampler, EulerSampler) else "ddim"
 
 
 def _make_scheduler(name: SchedulerName, schedule: NoiseSchedule, spacing: Spacing) -> Any:
@@ -181,6 +203,8 @@ def _make_scheduler(name: SchedulerName, schedule: NoiseSchedule, spacing: Spaci
         scheduler = DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **common)
     else:
         scheduler = UniPCMultistepScheduler(**common)
-    # The schedulers multiply betas up in float32; the table is ours, in float64.
-    scheduler.alphas_cumprod = schedule.alphas_cumprod
+    # The schedulers multiply betas up in float32; the table is ours, in float64. DDIM alone bears
+    # a signal level of zero.
+    lowest = 0.0 if name == "ddim" else SMALLEST_LEVEL
+    scheduler.alphas_cumprod = schedule.alphas_cumprod.clamp(min=lowest)
     return scheduler

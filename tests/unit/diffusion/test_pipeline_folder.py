@@ -234,6 +234,13 @@ def test_noise_levels_survive(kind):
     assert (config["timestep_spacing"], config["steps_offset"]) == ("leading", 1)
 
 
+def test_official_spacing_is_one_that_diffusers_knows():
+    schedule = NoiseSchedule.from_config({"beta_schedule": "scaled_linear"})
+    scheduler = make_scheduler(schedule, "official")
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps.tolist() == list(range(999, 0, -20))
+
+
 def test_every_text_setting_survives(tmp_path):
     text = TextEncoding(
         kind="truncated", context="clip+t5", segmenter=WindowSegmenter(30), token_budget=7,
