@@ -146,7 +146,16 @@ def test_replay_is_the_graph_for_other_samplers(sampler, kind, early_stop):
     assert largest_difference(replayed, recorded) < EXACT
 
 
-@pytest.mark.parametrize("strategy", [DRTune(num_train_steps=3), FullBackpropagation()], ids=repr)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        DRTune(num_train_steps=3),
+        DRTune(num_train_steps=3, early_stop=5),
+        ReFL(first_step=2, last_step=5),
+        FullBackpropagation(),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_linear_map_serves_like_the_recursion_it_comes_from(strategy, kind):
     toy, sampler = Toy(kind), DDIMSampler(num_inference_steps=8, eta=0.6)
@@ -226,13 +235,20 @@ def test_factors_of_long_align_are_the_published_ones():
     assert sums == [2.36, 2.07, 1.82, 1.61, 1.43, 1.28, 1.14, 1.03, 0.94, 0.93]
 
 
-def test_normalized_factors_sum_to_one():
-    toy = Toy()
-    for step in range(5):
-        strategy = DRTune(num_train_steps=3, normalize=True)
-        chain = toy.chain(strategy, DDIMSampler(num_inference_steps=10), step=step)
-        _, report = toy.run(ReplayEngine(), chain)
-        assert sum(map(abs, report.factors.values())) == pytest.approx(1)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [DRTune, DRaFT, ReFL, AlignProp, LongAlign, FullBackpropagation])
+def test_normalizing_divides_by_the_sum_of_the_factors(kind, make):
+    toy, sampler = Toy(kind), DDIMSampler(num_inference_steps=40)
+    plain = toy.chain(make(), sampler)
+    normalized = toy.chain(make(normalize=True), sampler)
+    total = sum(abs(plain.factors[index]) for index in plain.plan.train_steps)
+    engine = ReplayEngine() if plain.plan.replayable else GraphEngine()
+    expected, _ = toy.run(engine, plain)
+    found, report = toy.run(engine, normalized)
+    expected = {name: gradient / total for name, gradient in expected.items()}
+    assert largest_difference(found, expected) < EXACT
+    scaled = {i: plain.factors[i] / total for i in plain.plan.train_steps}
+    assert report.factors == pytest.approx(scaled, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,183 @@
+"""What the two engines of truncated back-propagation share.
+
+Dims: B batch, M rows of a call, K trained steps, n re-noised copies, c/h/w latents.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from segalign.diffusion.linear_steps import Denoiser
+from segalign.errors import ConfigError, NonFiniteError
+from segalign.truncation.chain import Chain
+from segalign.truncation.denoiser import GuidedDenoiser
+from segalign.truncation.noise import RolloutNoise
+
+# (clean latents (M, c, h, w), rows int64 (M,)) -> losses (M,), decode and reward; their sum over
+# the batch is what is differentiated. ``rows`` says which caption each row has.
+LossOfLatents = Callable[[Tensor, Tensor], Tensor]
+# (scalar to back-propagate, whether it is the last of the run): where gradients of several ranks
+# are reduced, all but the last can skip it.
+Backward = Callable[[Tensor, bool], None]
+
+
+@dataclass(frozen=True, eq=False)
+class GradientReport:
+    """What a run found, without gradient.
+
+    Attributes:
+        latents: The scored clean latents, ``(B, c, h, w)``.
+        losses: Their losses, ``(B,)``.
+        renoised_losses: Those of the re-noised copies, ``(n, B)``.
+        factors: By trained step, the factor of its output in the gradient, normalisation included.
+        inputs: By trained step, what the network saw, ``(B, c, h, w)``.
+    """
+
+    latents: Tensor
+    losses: Tensor
+    renoised_losses: Tensor
+    factors: dict[int, float]
+    inputs: dict[int, Tensor]
+
+
+class GradientEngine(Protocol):
+    """Adds the gradient of a loss of sampled images to ``.grad`` of the network's weights."""
+
+    def run(
+        self,
+        chain: Chain,
+        denoiser: GuidedDenoiser,
+        noise: RolloutNoise,
+        loss_of_latents: LossOfLatents,
+        *,
+        rollout: Denoiser | None = None,
+        backward: Backward | None = None,
+        after_step: Callable[[int], None] | None = None,
+    ) -> GradientReport:
+        """Sample, score and back-propagate.
+
+        Args:
+            chain: The sampler's steps, cut for a plan.
+            denoiser: The trained network.
+            noise: Noise of the rollout.
+            loss_of_latents: Decode and reward.
+            rollout: The same network for steps without gradient, compiled or with merged weights;
+                None is ``denoiser``.
+            backward: Replaces ``Tensor.backward``.
+            after_step: Called with the index of each trained step when its gradient is in
+                ``.grad``, to measure it. Where gradients of all steps come at once, not called.
+
+        Returns:
+            What was found.
+
+        Raises:
+            ConfigError: If the engine cannot serve the plan, or there is no gradient.
+            NonFiniteError: If losses or their gradient are not finite.
+        """
+        ...
+
+
+def row_chunks(num_rows: int, size: int | None, device: torch.device) -> Iterator[Tensor]:
+    """Cut 0..B-1 into chunks of at most ``size``; None is one chunk."""
+    for start in range(0, num_rows, size or num_rows):
+        yield torch.arange(start, min(start + (size or num_rows), num_rows), device=device)
+
+
+def gradient_of_loss(
+    loss_of_latents: LossOfLatents, latents: Tensor, rows: Tensor, batch_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Differentiate decode and reward alone.
+
+    Args:
+        loss_of_latents: Decode and reward.
+        latents: Clean latents ``(M, c, h, w)``.
+        rows: Which caption each has, int64 ``(M,)``.
+        batch_size: Rows that are decoded at a time; None is all.
+
+    Returns:
+        Losses ``(M,)`` and the gradient of their sum, ``(M, c, h, w)``, both without gradient.
+
+    Raises:
+        ConfigError: If the losses do not depend on the latents, or are not one for each image.
+        NonFiniteError: If losses or gradient are not finite.
+    """
+    losses, gradients = [], []
+    for chunk in row_chunks(len(latents), batch_size, latents.device):
+        with torch.enable_grad():
+            leaf = latents.detach()[chunk].requires_grad_()
+            loss = loss_of_latents(leaf, rows[chunk])
+            _check_losses(loss, len(chunk))
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
+        if gradient is None:
+            raise _no_gradient("does not depend on the images")
+        losses.append(loss.detach())
+        gradients.append(gradient)
+    return _finite("losses", torch.cat(losses)), _finite("gradients", torch.cat(gradients))
+
+
+def require_trainable(output: Tensor) -> None:
+    """Refuse a network without trainable weights.
+
+    Raises:
+        ConfigError: If its output carries no gradient.
+    """
+    if not output.requires_grad:
+        raise ConfigError(
+            "expected a network whose output carries gradient at a trained step; got none. "
+            "Train some of its weights."
+        )
+
+
+def renoised(chain: Chain, latents: Tensor, noise: RolloutNoise) -> Iterator[Tensor]:
+    """Noise clean latents anew to the last step's level, once for each copy of the plan."""
+    alpha, sigma = chain.level
+    for copy_index in range(chain.plan.num_renoised):
+        yield alpha * latents.detach() + sigma * noise.of_copy(copy_index)
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse batch sizes below 1.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"`{name}` must be at least 1; got {size}. Raise it.")
+
+
+def default_backward(loss: Tensor, _is_last: bool) -> None:
+    """Back-propagate."""
+    torch.autograd.backward(loss)
+
+
+def _check_losses(losses: Tensor, num_images: int) -> None:
+    if losses.shape != (num_images,):
+        raise ConfigError(
+            f"expected one loss for each of {num_images} images; got shape "
+            f"{tuple(losses.shape)}. Return a row of losses."
+        )
+    if not losses.requires_grad:
+        raise _no_gradient("carries none")
+
+
+def _no_gradient(found: str) -> ConfigError:
+    return ConfigError(
+        f"expected a reward with a gradient to the images; got one that {found}. "
+        "Use a differentiable reward."
+    )
+
+
+def _finite(name: str, values: Tensor) -> Tensor:
+    """Return values that are finite."""
+    if not values.isfinite().all():
+        per_image = values.reshape(len(values), -1).isfinite().all(1)
+        bad = (~per_image).nonzero().flatten().tolist()
+        raise NonFiniteError(
+            f"expected finite {name} of the reward; got NaN or infinity for images {bad} of "
+            f"{len(values)}. See the reward and the images."
+        )
+    return values
