@@ -1,6 +1,7 @@
 """Evaluate the scorer of a preference model: retrieval, and accuracy on preference pairs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,9 @@ class PreferenceReport(Callback):
             return
         # A table that wraps cannot be read; too wide a line can.
         console = Console(width=max(Console().width, 120))
+        weights = _weights_of(trainer)
         for report in [one.report() for one in tables]:
+            report = replace(report, facts=f"{weights} {report.facts}")
             console.print(report.facts)
             for table in report.tables:
                 console.print(table.to_rich())
@@ -209,3 +212,11 @@ def _update(
             f"loader {dataloader_idx + 1}; evaluate one data set at a time"
         )
     evaluation.update(batch)
+
+
+def _weights_of(trainer: pl.Trainer) -> str:
+    """Say which weights are tested."""
+    if trainer.ckpt_path is None:
+        return "Weights: those that the config starts from (no `--ckpt_path` was given)."
+    checkpoint = Path(trainer.ckpt_path)
+    return f"Weights: {checkpoint.name} of {checkpoint.parent.parent.name}."

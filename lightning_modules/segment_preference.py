@@ -1,7 +1,7 @@
 """Training of CLIP-type preference models that score long captions piece by piece."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -151,6 +151,24 @@ class SegmentPreferenceModule(TrainingModule):
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Do nothing: callbacks of the evaluation see the batch and the scorer."""
+
+    @override
+    def forward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Score images in [0, 1] against their own captions, unscaled, ``(B,)``."""
+        texts = self.scorer.segment_features(captions).mean()
+        return (self.scorer.image_features(images) * texts).sum(dim=-1)
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        """Refuse: a preference model has no images to predict.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "expected a model that makes images for `predict`; got a preference model; use `test` "
+            "for its tables, or `export --format clip` to score with it"
+        )
 
     def encode(self, batch: Batch) -> PreferenceFeatures:
         """Embed a batch's captions and images, with gradients."""

@@ -136,7 +136,7 @@ class PreferenceObjective:
             paired = ", ".join(name for name in _PAIRED if name in self.weights())
             raise ConfigError(
                 f"expected preference pairs for `objective` ({paired}); got single images; set "
-                "`data.content: preference`, or use contrastive losses alone"
+                "`data.content: preference`, or the weights of these losses to 0"
             )
         values = {n: self._loss(n, batch, logit_scale) for n in self.weights()}
         if batch.pair_weights is not None:

@@ -155,7 +155,7 @@ class Retrieval(Metric):
 
     def _rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return ids, caption keys, image and text features of all samples, in order of ids."""
-        if not len(self.sample_ids):
+        if not sum(ids.numel() for ids in self.sample_ids):
             nothing = torch.zeros(0, dtype=torch.int64)
             return nothing, nothing, torch.zeros(0, 0), torch.zeros(0, self.num_readings, 0)
         ids, order = torch.sort(dim_zero_cat(self.sample_ids), stable=True)

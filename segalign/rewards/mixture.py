@@ -120,6 +120,11 @@ def check_parts(parts: Mapping[str, WeightedReward | MixturePart]) -> None:
             raise ConfigError(
                 f"expected a name without dots for a reward in a mixture; got `{name}`; rename it"
             )
+        if not isinstance(part, WeightedReward | MixturePart):
+            raise ConfigError(
+                f"expected a `MixturePart` or `WeightedReward` for the reward `{name}`; got "
+                f"`{type(part).__name__}`; wrap the reward with its weight in one"
+            )
         if not math.isfinite(part.weight):
             raise ConfigError(
                 f"expected a finite weight of the reward `{name}`; got {part.weight}; change it"

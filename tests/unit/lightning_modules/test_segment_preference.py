@@ -257,3 +257,16 @@ def test_a_few_steps_learn_which_caption_is_whose(tmp_path):
     module.make_optimizer = partial(torch.optim.Adam, lr=3e-3)
     fit(module, [copy.deepcopy(batch)] * 20, tmp_path)
     assert gradients(module, batch)[0] < before / 4
+
+
+def test_it_scores_but_predicts_nothing():
+    module = build()
+    batch = batch_of("image")
+    with torch.no_grad():
+        scores = module(batch["images"], batch["captions"])
+        segments = module.scorer.segment_features(batch["captions"]).split()
+        each = module.scorer.image_features(batch["images"])
+        expected = [(part @ image).mean() for part, image in zip(segments, each, strict=True)]
+    torch.testing.assert_close(scores, torch.stack(expected))
+    with pytest.raises(ConfigError, match=r"^expected a model that makes images for `predict`; "):
+        module.predict_step(batch, 0)

@@ -184,7 +184,7 @@ def test_an_objective_has_a_loss():
 def test_single_images_have_no_preference(name):
     message = (
         rf"^expected preference pairs for `objective` \({name}\); got single images; set "
-        r"`data\.content: preference`, or use contrastive losses alone$"
+        r"`data\.content: preference`, or the weights of these losses to 0$"
     )
     with pytest.raises(ConfigError, match=message):
         losses(singles(), **{name: 1.0, "contrastive": 1.0})

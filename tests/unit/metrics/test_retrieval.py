@@ -192,3 +192,12 @@ def test_captions_without_a_common_direction():
     images = torch.stack([unit(8), -unit(8)])
     add(metric, images, images)
     one_line(metric, "cancel out")
+
+
+def test_batches_without_a_ranked_sample_are_too_few():
+    metric = Retrieval(1)
+    nothing = torch.zeros(2, dtype=torch.bool)
+    features = torch.ones(2, 4)
+    metric.update(torch.arange(2), ["a", "b"], features, features[:, None], nothing)
+    with pytest.raises(DataError, match=r"^expected at least"):
+        metric.compute()

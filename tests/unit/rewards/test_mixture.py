@@ -82,3 +82,8 @@ def test_settings_make_a_mixture(images):
 def test_settings_that_cannot_be_are_refused_before_anything_is_read(parts, message):
     with pytest.raises(ConfigError, match=message):
         Mixture(parts=parts).load()
+
+
+def test_a_part_must_be_wrapped():
+    with pytest.raises(ConfigError, match=r"^expected a `MixturePart` or .* `a`; got `dict`; wrap"):
+        Mixture(parts={"a": {"reward": None}}).load()
