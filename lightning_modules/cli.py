@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_modules.config_checks import check_config_files, explain_interpolation
 from lightning_modules.known_noise import without_known_noise
-from lightning_modules.resume_checks import check_training
+from lightning_modules.resume_checks import check_training, warn_of_other_weights
 from lightning_modules.short_usage_parser import LayeredConfigFile, ShortUsageParser
 from segalign.atomic import make_directory
 from segalign.errors import ConfigError
@@ -162,6 +162,8 @@ class SegalignCLI(LightningCLI):
         self.checkpoint = self._find_checkpoint(self._setting("ckpt_path"))
         if self.subcommand == "fit":
             check_training(self._plain_config(), self.run_dir, self.checkpoint)
+        else:
+            warn_of_other_weights(self._plain_config(), self.run_dir, self.checkpoint)
 
     def _setting(self, key: str) -> Any:
         return self._get(self.config, key)

@@ -1,11 +1,12 @@
 """Checks on a training run before anything is built or written."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from segalign.errors import ConfigError
-from segalign.run_directory import check_start, stored_config
+from segalign.run_directory import check_start, newest_checkpoint, stored_config
 from segalign.tree_codec import decode_tree
 
 # Sections of a config that decide what a training step computes.
@@ -31,6 +32,7 @@ _FREE_DATA_SETTINGS = frozenset(
     }
 )
 _MAX_NAMED = 3
+_logger = logging.getLogger(__name__)
 
 
 def check_training(config: Mapping[str, Any], run_dir: Path, start: Path | None) -> None:
@@ -100,6 +102,35 @@ def check_same_settings(config: Mapping[str, Any], checkpoint: Path) -> None:
         f"expected the settings that `{checkpoint}` was trained with; changed: {named}{more}. "
         f"Set them back, or train anew: {advice}."
     )
+
+
+def warn_of_other_weights(
+    config: Mapping[str, Any], run_dir: Path, checkpoint: Path | None
+) -> None:
+    """Say so if an evaluation is not of what the run directory has trained.
+
+    Args:
+        config: The resolved config, plain data.
+        run_dir: The run directory.
+        checkpoint: The checkpoint that is evaluated; None evaluates the config's own start.
+    """
+    if checkpoint is None:
+        if newest_checkpoint(run_dir) is not None:
+            _logger.warning(
+                "no `--ckpt_path` was given: the weights are those that the config starts from, "
+                "not those that `%s` has trained; give `--ckpt_path auto` for these",
+                run_dir,
+            )
+        return
+    stored = decode_tree(stored_config(checkpoint) or {}, {})
+    changed = [name for name in changed_settings(stored, config) if name.startswith("`model.")]
+    if changed:
+        _logger.warning(
+            "the run was trained with other settings of the model: %s; the results are those of "
+            "the settings given now; give `--config %s` for its own",
+            ", ".join(changed[:_MAX_NAMED]),
+            run_dir / "config.yaml",
+        )
 
 
 def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
