@@ -96,10 +96,11 @@ def _check_kind(module: Any, options: Namespace) -> None:
     from segalign.diffusion.generator import TextToImage
     from segalign.rewards.segment_scorer import SegmentScorer
 
-    kinds: Mapping[str, tuple[str, type]] = {"clip": ("scorer", SegmentScorer)}
-    name, kind = kinds.get(options.format, ("generator", TextToImage))
+    kind: type = TextToImage
+    what, name = "text-to-image", "generator"
+    if options.format == "clip":
+        what, name, kind = "preference", "scorer", SegmentScorer
     if not isinstance(getattr(module, name, None), kind):
-        what = "preference" if kind is SegmentScorer else "text-to-image"
         raise ConfigError(
             f"expected a run of a {what} model in `{options.checkpoint}` for `--format "
             f"{options.format}`; got `{type(module).__name__}`. Name another run or format."

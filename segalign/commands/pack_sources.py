@@ -40,6 +40,10 @@ def _folder_parser() -> ArgumentParser:
 def _jsonl_parser() -> ArgumentParser:
     parser = ArgumentParser(description="`caption` and `path` on each line, or captions alone")
     parser.add_argument("source", type=str, help="JSONL file; other fields are kept as metadata")
+    return _with_optional_images(parser)
+
+
+def _with_optional_images(parser: ArgumentParser) -> ArgumentParser:
     parser.add_argument(
         "--image-root",
         type=str | None,
@@ -55,12 +59,7 @@ def _longalign_parser() -> ArgumentParser:
     parser.add_argument(
         "source", type=str, help="Parquet file, folder of them or glob pattern; rows are streamed"
     )
-    parser.add_argument(
-        "--image-root",
-        type=str | None,
-        help="folder that each `path` is relative to; without it captions alone are packed",
-    )
-    return _with_packing(parser, images=True)
+    return _with_optional_images(parser)
 
 
 def _preferences_parser() -> ArgumentParser:

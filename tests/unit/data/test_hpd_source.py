@@ -6,10 +6,10 @@ import tracemalloc
 
 import pytest
 import webdataset
+from packed_source import faults, fields
 
 import main
 from segalign.data import json_items
-from segalign.data.faults import SampleFault
 from segalign.data.hpd_source import HpdSource, choose_pairs
 from segalign.data.json_items import JsonItems
 from segalign.data.long_captions import LongCaptions
@@ -36,19 +36,6 @@ def paths(*numbers) -> list[str]:
 def write(path, items):
     path.write_text(items if isinstance(items, str) else json.dumps(items), encoding="utf-8")
     return path
-
-
-def fields(source, index):
-    return json.loads(dict(source.members(index))["json"])
-
-
-def faults(source) -> list[str]:
-    found = []
-    for index in range(len(source)):
-        with pytest.raises(SampleFault) as caught:
-            source.members(index)
-        found.append(caught.value.reason)
-    return found
 
 
 def test_two_images_are_one_pair(tmp_path, images, plain_image):

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from packed_source import faults, fields
 
 import main
 from datamodules.long_caption import LongCaptionDataModule
@@ -51,19 +52,6 @@ def rows(tmp_path, plain_image):
         return str(tmp_path / name)
 
     return write
-
-
-def fields(source, index):
-    return json.loads(dict(source.members(index))["json"])
-
-
-def faults(source) -> list[str]:
-    found = []
-    for index in range(len(source)):
-        with pytest.raises(SampleFault) as caught:
-            source.members(index)
-        found.append(caught.value.reason)
-    return found
 
 
 def test_a_row_is_two_images_a_caption_and_a_preference(rows, plain_image):
