@@ -7,6 +7,7 @@ only then renamed. Pure standard library.
 import contextlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,9 +41,9 @@ def make_directory(path: Path) -> None:
     """
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f"{TEMPORARY_MARK}probe-{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
+        # The file has no name where the system allows it, so that a kill here leaves nothing.
+        with tempfile.TemporaryFile(dir=path):
+            pass
 
 
 def temporary_sibling(path: Path, mark: str = TEMPORARY_MARK) -> Path:

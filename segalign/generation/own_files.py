@@ -22,9 +22,7 @@ FINGERPRINT = "fingerprint"
 _LOCK_FILE = ".generate.lock"
 _IMAGE_NAME = re.compile(r"\d{8,}-s\d+\.png")
 # What a killed command leaves of a file: see `segalign.atomic`.
-_STALE_NAME = re.compile(
-    r"\.(\d{8,}-s\d+\.png|images\.jsonl|index\.html)\.tmp-[0-9a-f]{12}|\.tmp-probe-[0-9a-f]{32}"
-)
+_STALE_NAME = re.compile(r"\.(\d{8,}-s\d+\.png|images\.jsonl|index\.html)\.tmp-[0-9a-f]{12}")
 _MAX_HEAD_BYTES = 4096
 
 

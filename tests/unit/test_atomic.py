@@ -1,5 +1,6 @@
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,19 @@ def test_directory_that_is_a_file_is_a_storage_error(tmp_path):
         make_directory(tmp_path / "file")
 
 
-def test_made_directory_holds_no_probe(tmp_path):
-    make_directory(tmp_path / "a" / "b")
-    assert names(tmp_path / "a" / "b") == []
+def test_made_directory_holds_no_probe_even_if_a_kill_falls_into_the_check(tmp_path, monkeypatch):
+    seen = []
+    open_file = tempfile.TemporaryFile
+
+    def look(**options):
+        file = open_file(**options)
+        seen.append(names(tmp_path / "a"))
+        return file
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", look)
+    make_directory(tmp_path / "a")
+    assert seen == [[]]
+    assert names(tmp_path / "a") == []
 
 
 def make_version(parent: Path, text: str) -> Path:
