@@ -11,7 +11,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from segalign.diffusion.following_noise import following_noise
+from segalign.diffusion.guidance import Guidance
 from segalign.diffusion.latents import LatentCodec
+from segalign.diffusion.linear_steps import Denoiser
 from segalign.diffusion.schedule import NoiseSchedule
 from segalign.diffusion.scheduler_sampler import Sampler
 from segalign.errors import ConfigError
@@ -143,28 +146,34 @@ class TextToImage:
 
         Args:
             captions: ``B`` captions.
-            noise: Standard normal latents ``(B, c, h, w)``.
+            noise: Standard normal latents ``(B, c, h, w)``. Noise of later steps, where a sampler
+                injects some, follows from it.
             sampler: Steps and guidance.
 
         Returns:
             Images in [0, 1], clamped, ``(B, 3, H, W)``; NaN where the model overflows.
         """
         with torch.no_grad():
-            positive = self.conditioner(captions)
-            negative = self.conditioner.encode_empty(len(captions))
-
-            def denoise(latents: Tensor, timestep: int) -> Tensor:
-                at = torch.tensor(timestep, device=latents.device)
-                guided = self.predict(latents, at, positive)
-                if sampler.guidance_scale == 1:
-                    return guided
-                unguided = self.predict(latents, at, negative)
-                return unguided + sampler.guidance_scale * (guided - unguided)
-
-            latents = sampler.sample(denoise, noise, self.schedule)
+            denoise = self._guided(captions, sampler.guidance)
+            step_noise = following_noise(noise)
+            latents = sampler.sample(denoise, noise, self.schedule, step_noise=step_noise)
             images = self.codec.decode(latents).float()
             # An overflow must not pass for black or white.
             return images.clamp(0, 1).masked_fill(~images.isfinite(), torch.nan)
+
+    def _guided(self, captions: Sequence[str], guidance: Guidance) -> Denoiser:
+        """Bind the network to captions; without guidance there is no negative prompt."""
+        positive = self._bound(self.conditioner(captions))
+        if guidance.scale == 1:
+            return positive
+        negative = self._bound(self.conditioner.encode_empty(len(captions)))
+        return guidance.denoiser(positive, negative, self.schedule.num_timesteps)
+
+    def _bound(self, text: TextConditioning) -> Denoiser:
+        def denoise(latents: Tensor, timestep: int) -> Tensor:
+            return self.predict(latents, torch.tensor(timestep, device=latents.device), text)
+
+        return denoise
 
     def noise(self, sample_ids: Sequence[int], eval_seed: int | Sequence[int]) -> Tensor:
         """Draw starting latents that depend on the seed and each sample's id alone."""

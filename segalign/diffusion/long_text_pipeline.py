@@ -65,6 +65,7 @@ class LongTextPipeline(DiffusionPipeline):
         num_inference_steps: Default number of steps.
         guidance_scale: Default factor of classifier-free guidance; 1 is off.
         spacing: Which timesteps the steps are taken at.
+        sampler_settings: The sampler's others, `eta` and guidance, as `make_sampler` takes them.
         t5_settings: Token budget and treatment of padding of the whole-caption encoder.
         dtypes: Precision of each part in the run, by name; parts that come in float32 are rounded
             to it. None leaves all as they are.
@@ -97,6 +98,7 @@ class LongTextPipeline(DiffusionPipeline):
         num_inference_steps: int = 25,
         guidance_scale: float = 7.5,
         spacing: str = "trailing",
+        sampler_settings: dict[str, Any] | None = None,
         t5_settings: dict[str, Any] | None = None,
         dtypes: dict[str, Any] | None = None,
     ) -> None:
@@ -120,6 +122,7 @@ class LongTextPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             spacing=spacing,
+            sampler_settings=sampler_settings,
             t5_settings=t5_settings,
             dtypes=dtypes,
         )
@@ -130,6 +133,7 @@ class LongTextPipeline(DiffusionPipeline):
             num_inference_steps,
             guidance_scale,
             cast("Spacing", spacing),
+            **(sampler_settings or {}),
         )
         self._conditioner: TextConditioner | None = None
         self._placement: tuple[Any, ...] = ()

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from segalign.diffusion.generator import TextToImage
 from segalign.diffusion.latents import PixelUnshuffleCodec, VAECodec
 from segalign.diffusion.long_text_pipeline import LongTextPipeline
+from segalign.diffusion.merged_lora import merge_layer
 from segalign.diffusion.model_card import ModelCard
 from segalign.diffusion.pipeline_parts import (
     AdapterPart,
@@ -23,7 +24,7 @@ from segalign.diffusion.pipeline_parts import (
     SegmentEncoding,
     make_scheduler,
 )
-from segalign.diffusion.scheduler_sampler import Sampler, sampler_name
+from segalign.diffusion.scheduler_sampler import Sampler, sampler_name, sampler_settings
 from segalign.errors import ConfigError, DataError
 from segalign.formats.folders import new_folder
 from segalign.run_directory import file_digest
@@ -126,6 +127,7 @@ def make_pipeline(model: TextToImageModel) -> LongTextPipeline:
         num_inference_steps=sampler.num_inference_steps,
         guidance_scale=sampler.guidance_scale,
         spacing=sampler.spacing,
+        sampler_settings=sampler_settings(sampler),
         t5_settings=None
         if t5 is None
         else {"token_budget": t5.token_budget, "attend_to_padding": t5.attend_to_padding},
@@ -142,7 +144,9 @@ def merge_adapters(unet: Any) -> UNet2DConditionModel:
         return unet
     merged = copy.deepcopy(unet)
     nn.Module.to(merged, torch.float32)  # the method of diffusers warns of casts
-    merged.fuse_lora()
+    for layer in merged.modules():
+        if isinstance(layer, BaseTunerLayer):
+            merge_layer(layer)
     merged.unload_lora()
     return merged
 

@@ -15,27 +15,32 @@ from segalign.diffusion.linear_steps import Denoiser as Denoiser
 from segalign.diffusion.linear_steps import LinearStep as LinearStep
 from segalign.diffusion.linear_steps import StepNoise as StepNoise
 from segalign.diffusion.linear_steps import ddim_steps, run_steps
+from segalign.diffusion.sampler_guidance import SamplerGuidance
 from segalign.diffusion.schedule import NoiseSchedule
 from segalign.diffusion.spacing import Spacing, check_spacing, spaced_timesteps
 from segalign.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearSampler:
+class LinearSampler(SamplerGuidance):
     """A sampler whose steps are linear recursions, without injected noise.
 
     Args:
         num_inference_steps: Steps T, at least 1.
         guidance_scale: Factor of classifier-free guidance; 1 is off.
+        guidance_interval: Lowest and highest timestep that is guided; null guides all.
+        guidance_interval_unit: ``timestep`` counts training timesteps; ``fraction`` is of the last.
+        guidance_rescale: Share in [0, 1] of the guided output that is scaled back to the deviation
+            of the conditional one.
         spacing: Which timesteps the steps are taken at; see `spaced_timesteps`.
     """
 
     num_inference_steps: int = 25
-    guidance_scale: float = 1.0
     spacing: Spacing = "trailing"
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        super().__post_init__()
         check_spacing(self.num_inference_steps, self.spacing)
 
     def timesteps(self, num_timesteps: int) -> list[int]:
@@ -95,6 +100,10 @@ class DDIMSampler(LinearSampler):
     Args:
         num_inference_steps: Steps T, at least 1.
         guidance_scale: Factor of classifier-free guidance; 1 is off.
+        guidance_interval: Lowest and highest timestep that is guided; null guides all.
+        guidance_interval_unit: ``timestep`` counts training timesteps; ``fraction`` is of the last.
+        guidance_rescale: Share in [0, 1] of the guided output that is scaled back to the deviation
+            of the conditional one.
         spacing: ``trailing`` starts at the last timestep; ``leading`` is the diffusers default of
             SD-1.5 with its offset of 1; ``linspace`` has both ends; ``official`` is the official
             LongAlign code's.
@@ -128,6 +137,10 @@ class EulerSampler(LinearSampler):
     Args:
         num_inference_steps: Steps T, at least 1.
         guidance_scale: Factor of classifier-free guidance; 1 is off.
+        guidance_interval: Lowest and highest timestep that is guided; null guides all.
+        guidance_interval_unit: ``timestep`` counts training timesteps; ``fraction`` is of the last.
+        guidance_rescale: Share in [0, 1] of the guided output that is scaled back to the deviation
+            of the conditional one.
         spacing: As for DDIM. diffusers' ``linspace`` has fractional timesteps; here they are whole.
     """
 

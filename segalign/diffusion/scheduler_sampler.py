@@ -3,6 +3,7 @@
 Dims: B batch, T inference steps, c/h/w latents.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
@@ -10,9 +11,17 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from segalign.diffusion.guidance import Guidance, IntervalUnit
 from segalign.diffusion.impulse_response import SMALLEST_LEVEL, impulse_response
 from segalign.diffusion.linear_path import LinearPath
-from segalign.diffusion.sampler import DDIMSampler, Denoiser, EulerSampler, LinearSampler
+from segalign.diffusion.sampler import (
+    DDIMSampler,
+    Denoiser,
+    EulerSampler,
+    LinearSampler,
+    StepNoise,
+)
+from segalign.diffusion.sampler_guidance import SamplerGuidance
 from segalign.diffusion.schedule import NoiseSchedule
 from segalign.diffusion.spacing import Spacing as Spacing
 from segalign.diffusion.spacing import check_spacing
@@ -34,6 +43,10 @@ class Sampler(Protocol):
         """Factor of classifier-free guidance; 1 is off."""
 
     @property
+    def guidance(self) -> Guidance:
+        """Classifier-free guidance: its scale, where it acts, rescaling."""
+
+    @property
     def spacing(self) -> Spacing:
         """Which timesteps the steps are taken at."""
 
@@ -46,13 +59,14 @@ class Sampler(Protocol):
         noise: Tensor,
         schedule: NoiseSchedule,
         *,
+        step_noise: StepNoise | None = None,
         enable_grad: bool = False,
     ) -> Tensor:
         """Map standard normal latents ``(B, c, h, w)`` to clean latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SchedulerSampler:
+class SchedulerSampler(SamplerGuidance):
     """A scheduler of diffusers with this model's noise levels.
 
     Few steps: ``unipc`` and ``dpmpp`` are of second order and need fewer than DDIM.
@@ -63,17 +77,21 @@ class SchedulerSampler:
             timestep: they agree where T divides the number of training timesteps.
         num_inference_steps: Steps T, at least 1.
         guidance_scale: Factor of classifier-free guidance; 1 is off.
+        guidance_interval: Lowest and highest timestep that is guided; null guides all.
+        guidance_interval_unit: ``timestep`` counts training timesteps; ``fraction`` is of the last.
+        guidance_rescale: Share in [0, 1] of the guided output that is scaled back to the deviation
+            of the conditional one.
         spacing: ``trailing`` starts at the last timestep; ``leading`` is SD-1.5's, with its offset
             of 1; ``linspace`` is the default that these schedulers have in diffusers.
     """
 
     scheduler: SchedulerName = "unipc"
     num_inference_steps: int = 25
-    guidance_scale: float = 1.0
     spacing: Spacing = "trailing"
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        super().__post_init__()
         if self.scheduler not in get_args(SchedulerName):
             known = ", ".join(f"`{option}`" for option in get_args(SchedulerName))
             raise ConfigError(
@@ -118,6 +136,7 @@ class SchedulerSampler:
         noise: Tensor,
         schedule: NoiseSchedule,
         *,
+        step_noise: StepNoise | None = None,
         enable_grad: bool = False,
     ) -> Tensor:
         """Run the scheduler.
@@ -126,6 +145,7 @@ class SchedulerSampler:
             denoise: Network call ``(latents, timestep) -> output``, guidance included.
             noise: Starting latents, standard normal, ``(B, c, h, w)``.
             schedule: Noise levels and parameterisation.
+            step_noise: Not used: these schedulers inject none.
             enable_grad: Whether autograd records the run.
 
         Returns:
@@ -148,22 +168,29 @@ def make_sampler(
     num_inference_steps: int,
     guidance_scale: float,
     spacing: Spacing = "trailing",
+    *,
+    guidance_interval: Sequence[float] | None = None,
+    guidance_interval_unit: IntervalUnit = "timestep",
+    guidance_rescale: float = 0.0,
+    eta: float = 0.0,
 ) -> Sampler:
     """Make the sampler that a name stands for.
 
     ``ddim`` is our own, except with ``linspace``, which exported folders know as diffusers'.
     """
-    if name == "euler" or (name == "ddim" and spacing != "linspace"):
-        kind = EulerSampler if name == "euler" else DDIMSampler
-        return kind(
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, spacing=spacing
-        )
-    return SchedulerSampler(
-        scheduler=name,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        spacing=spacing,
-    )
+    settings: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "guidance_interval": None if guidance_interval is None else tuple(guidance_interval),
+        "guidance_interval_unit": guidance_interval_unit,
+        "guidance_rescale": guidance_rescale,
+        "spacing": spacing,
+    }
+    if name == "euler":
+        return EulerSampler(**settings)
+    if name == "ddim" and spacing != "linspace":
+        return DDIMSampler(eta=eta, **settings)
+    return SchedulerSampler(scheduler=name, **settings)
 
 
 def change_sampler(
@@ -172,13 +199,34 @@ def change_sampler(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
 ) -> Sampler:
-    """Make a sampler with some settings changed; None leaves a setting as it is."""
+    """Make a sampler with some settings changed; None leaves a setting as it is.
+
+    A scale of 1 turns guidance off, and its interval and rescaling with it.
+    """
     own = sampler_name(sampler)
     steps = sampler.num_inference_steps if num_inference_steps is None else num_inference_steps
     scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
+    none: dict[str, Any] = {"guidance_interval": None, "guidance_rescale": 0.0}
+    rest = none if scale == 1 else guidance_settings(sampler)
     if name in (None, own) and isinstance(sampler, LinearSampler | SchedulerSampler):
-        return replace(sampler, num_inference_steps=steps, guidance_scale=scale)
-    return make_sampler(name or own, steps, scale, sampler.spacing)
+        return replace(sampler, num_inference_steps=steps, guidance_scale=scale, **rest)
+    return make_sampler(name or own, steps, scale, sampler.spacing, **rest)
+
+
+def guidance_settings(sampler: Sampler) -> dict[str, Any]:
+    """Return a sampler's guidance, its scale left out, as `make_sampler` takes it."""
+    guidance = sampler.guidance
+    return {
+        "guidance_interval": guidance.interval,
+        "guidance_interval_unit": guidance.interval_unit,
+        "guidance_rescale": guidance.rescale,
+    }
+
+
+def sampler_settings(sampler: Sampler) -> dict[str, Any]:
+    """Return what a sampler has besides steps, scale and spacing, as `make_sampler` takes it."""
+    eta = sampler.eta if isinstance(sampler, DDIMSampler) else 0.0
+    return guidance_settings(sampler) | ({"eta": eta} if eta else {})
 
 
 def sampler_name(sampler: Sampler) -> SamplerName:

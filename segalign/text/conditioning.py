@@ -61,6 +61,19 @@ class TextConditioning:
             attention_mask=self.attention_mask[:, : self.num_leading],
         )
 
+    def select(self, rows: Tensor) -> "TextConditioning":
+        """Take some captions' conditioning, with repetitions; the report stays the batch's.
+
+        Args:
+            rows: Which captions, int64 ``(M,)``.
+        """
+        return replace(
+            self,
+            prompt_embeds=self.prompt_embeds[rows],
+            attention_mask=self.attention_mask[rows],
+            pooled=None if self.pooled is None else self.pooled[rows],
+        )
+
     def expand(self, batch_size: int) -> "TextConditioning":
         """Repeat the conditioning of a single caption, without copying.
 

@@ -4,7 +4,7 @@ Dims: B batch, M rows of a call, c/h/w latents.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -69,11 +69,17 @@ class GuidedDenoiser:
         Returns:
             Guided output ``(M, c, h, w)``, differentiable in weights and latents.
         """
+        return self.outputs(latents, timestep, rows)[0]
+
+    def outputs(
+        self, latents: Tensor, timestep: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Call the network as above; return the guided output and the conditional one in it."""
         timesteps = torch.full((len(latents),), timestep, device=latents.device)
         output = self.conditional(latents, timesteps, rows)
         if self.unconditional is None or not self.guidance.is_active(timestep, self.num_timesteps):
-            return output
-        return self.guidance.combine(output, self.unconditional(latents, timesteps, rows))
+            return output, output
+        return self.guidance.combine(output, self.unconditional(latents, timesteps, rows)), output
 
     def branches(self) -> tuple[Branch, ...]:
         """Split the guided output into its terms, w and 1 - w.
@@ -105,12 +111,5 @@ class TextNetwork:
 
     def __call__(self, latents: Tensor, timesteps: Tensor, rows: Tensor | None = None) -> Tensor:
         """Call the network: see ``RowNetwork``."""
-        text = self.text
-        if rows is not None:
-            text = replace(
-                text,
-                prompt_embeds=text.prompt_embeds[rows],
-                attention_mask=text.attention_mask[rows],
-                pooled=None if text.pooled is None else text.pooled[rows],
-            )
+        text = self.text if rows is None else self.text.select(rows)
         return self.predict(latents, timesteps, text)

@@ -13,6 +13,7 @@ from diffusers.utils import dynamic_modules_utils
 from tiny_run import SCENES, STABLE_DIFFUSION, T5, model_settings, write_run
 
 from lightning_modules.run_loading import load_module
+from segalign.diffusion.guidance import Guidance
 from segalign.diffusion.long_text_pipeline import LongTextPipeline
 from segalign.diffusion.model_card import ModelCard
 from segalign.diffusion.pipeline_folder import (
@@ -36,10 +37,17 @@ LONG = "A red fox sits on a tall wall. " * 12
 PROMPTS = ["A red fox. It sits on a wall!", "", LONG]
 LORA = model_settings(
     STABLE_DIFFUSION, lora={"rank": 2},
-    sampler={"num_inference_steps": 3, "guidance_scale": 3.0, "spacing": "leading"},
+    sampler={
+        "num_inference_steps": 3, "guidance_scale": 3.0, "spacing": "leading",
+        "guidance_interval": [0.3, 1.0], "guidance_interval_unit": "fraction",
+        "guidance_rescale": 0.5,
+    },
 )  # fmt: skip
 KINDS = {
     "scenes": model_settings(SCENES),
+    "scenes, noise in each step": model_settings(
+        SCENES, sampler={"num_inference_steps": 3, "guidance_scale": 1.0, "eta": float("inf")}
+    ),
     "scenes, LoRA, text model": model_settings(
         SCENES, lora={"rank": 2}, train_text_model=True,
         text={"token_budget": 32, "mask_padding": True, "over_budget": "proportional",
@@ -85,6 +93,18 @@ def exported(tmp_path_factory):
 @pytest.fixture
 def pipeline(exported):
     return LongTextPipeline.from_pretrained(exported[1])
+
+
+def test_the_sampler_survives(exported, pipeline):
+    module, _ = exported
+    assert pipeline.sampler == module.sampler
+    assert pipeline.sampler.guidance == Guidance(
+        scale=3.0, interval=(0.3, 1.0), interval_unit="fraction", rescale=0.5
+    )
+    earlier = {name: pipeline.config[name] for name in ("sampler", "guidance_scale", "spacing")}
+    parts = {name: part for name, part in pipeline.components.items() if part is not None}
+    # Folders of before hold no interval.
+    assert LongTextPipeline(**parts, **earlier).sampler.guidance == Guidance(scale=3.0)
 
 
 def test_everything_is_safe_and_recorded(exported):
