@@ -128,11 +128,16 @@ def _check_linear(scheduler: Any) -> None:
             f"expected a scheduler that is linear in its outputs ({known}); got `{name}`. Use one."
         )
     config = scheduler.config
-    for setting in ("thresholding", "clip_sample"):
+    others = {
+        "thresholding": "choose another sampler",
+        "clip_sample": "use `segalign.diffusion.clipped_sampler.ClippedSampler` with the graph "
+        "engine",
+    }
+    for setting, other in others.items():
         if config.get(setting):
             raise ConfigError(
                 f"expected `{name}` without `{setting}`, which is not linear in the outputs; got "
-                f"{config[setting]}. Set it to false, or back-propagate through the graph."
+                f"{config[setting]}. Set it to false, or {other}."
             )
     if str(config.get("algorithm_type", "")).startswith("sde"):
         raise ConfigError(

@@ -4,11 +4,12 @@ Dims: N steps of the sampler, T steps that run, B batch, c/h/w latents.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
+from segalign.diffusion.clipped_sampler import ClippedSampler, ClippedStep
 from segalign.diffusion.linear_path import LinearPath
 from segalign.diffusion.linear_steps import LinearStep, clean_step
 from segalign.diffusion.sampler import LinearSampler
@@ -25,30 +26,37 @@ class Chain:
 
     Attributes:
         plan: The plan that it was made for.
-        path: The run as one linear map, T steps.
-        steps: The same as a recursion, or None for multistep samplers.
-        clean_step: From latents at the last timestep to their clean latents.
+        timesteps: Noise indices of the steps, noisiest first, ``T`` of them.
+        linear_path: The run as one linear map; None for a sampler that clips.
+        steps: The same as a recursion, or None for multistep samplers and those that clip.
+        clean_step: From latents at the last timestep to their clean latents, before clipping.
         level: Signal and noise level (alpha, sigma) of the last timestep.
+        clipped: Steps of a sampler that clips; else None.
     """
 
     plan: TruncationPlan
-    path: LinearPath
+    timesteps: tuple[int, ...]
+    linear_path: LinearPath | None
     steps: tuple[LinearStep, ...] | None
     clean_step: LinearStep
     level: tuple[float, float]
+    clipped: tuple[ClippedStep, ...] | None = None
 
     @classmethod
     def of(cls, sampler: Sampler, schedule: NoiseSchedule, plan: TruncationPlan) -> "Chain":
         """Cut a sampler's run where the plan scores the image.
 
         Args:
-            sampler: A sampler that is linear in the outputs.
+            sampler: A sampler that is linear in the outputs, or clips.
             schedule: Noise levels and parameterisation.
             plan: The plan, for the sampler's number of steps.
 
         Raises:
-            ConfigError: If the plan is for another number of steps, or a step is not linear.
+            ConfigError: If the plan is for another number of steps, a step is not linear, or the
+                plan normalises and the sampler clips.
         """
+        if isinstance(sampler, ClippedSampler):
+            return cls.from_clipped_steps(sampler.clipped_steps(schedule), schedule, plan)
         if isinstance(sampler, LinearSampler):
             scale = sampler.initial_scale(schedule)
             return cls.from_steps(sampler.steps(schedule), schedule, plan, scale)
@@ -80,7 +88,7 @@ class Chain:
         if not plan.scores_final:
             kept[-1] = last
         path = LinearPath.from_steps(kept, initial_scale)
-        return cls(plan, path, tuple(kept), last, _level(schedule, last))
+        return cls(plan, path.timesteps, path, tuple(kept), last, _level(schedule, last))
 
     @classmethod
     def from_path(cls, path: LinearPath, schedule: NoiseSchedule, plan: TruncationPlan) -> "Chain":
@@ -89,7 +97,43 @@ class Chain:
         last = clean_step(schedule, path.timesteps[plan.last_step])
         if not plan.scores_final:
             path = path.stop_at(plan.last_step, schedule)
-        return cls(plan, path, None, last, _level(schedule, last))
+        return cls(plan, path.timesteps, path, None, last, _level(schedule, last))
+
+    @classmethod
+    def from_clipped_steps(
+        cls, steps: Sequence[ClippedStep], schedule: NoiseSchedule, plan: TruncationPlan
+    ) -> "Chain":
+        """Cut the steps of a sampler that clips; the graph engine alone can run it.
+
+        Raises:
+            ConfigError: If the plan is for another number of steps, or normalises.
+        """
+        _check_length(len(steps), plan)
+        if plan.normalize:
+            raise ConfigError(
+                "expected no `normalize` with a sampler that clips, whose outputs have no fixed "
+                "factors; got true. Set it to false, or use a sampler that does not clip."
+            )
+        kept = list(steps[: plan.last_step + 1])
+        last = clean_step(schedule, kept[-1].timestep)
+        if not plan.scores_final:
+            kept[-1] = replace(kept[-1], signal=1.0, direction=0.0, noise=0.0)
+        timesteps = tuple(step.timestep for step in kept)
+        return cls(plan, timesteps, None, None, last, _level(schedule, last), tuple(kept))
+
+    @property
+    def path(self) -> LinearPath:
+        """The run as one linear map.
+
+        Raises:
+            ConfigError: If the sampler clips.
+        """
+        if self.linear_path is None:
+            raise ConfigError(
+                "expected a sampler that is linear in the outputs; got one that clips. Use a "
+                "sampler that does not clip."
+            )
+        return self.linear_path
 
     @property
     def factors(self) -> tuple[float, ...]:
@@ -97,8 +141,18 @@ class Chain:
 
         For DDIM, with ``r = sigma / alpha``, ``r'`` that of the next point and 0 at the scored
         step: noise prediction ``r' - r``; v ``alpha (r' - r)``; sample ``1 - r' / r``.
+
+        Raises:
+            ConfigError: If the sampler clips.
         """
         return tuple(self.path.gradient_factors.tolist())
+
+    @property
+    def trained_factors(self) -> dict[int, float]:
+        """Factors of the trained steps, normalised if so planned; none if the sampler clips."""
+        if self.clipped is not None:
+            return {}
+        return {index: self.weight * self.factors[index] for index in self.plan.train_steps}
 
     @property
     def weight(self) -> float:
@@ -113,8 +167,18 @@ class Chain:
         images = 1 + self.plan.num_renoised if self.plan.reduction == "mean" else 1
         return self.weight / images
 
+    def clean(self, latents: Tensor, output: Tensor) -> Tensor:
+        """Predict clean latents ``(M, c, h, w)`` from latents at the last timestep."""
+        clean = self.clean_step.a * latents + self.clean_step.b * output
+        if self.clipped is None:
+            return clean
+        bound = self.clipped[-1].clip_range
+        return clean.clamp(-bound, bound)
+
     def walk(self, noise: RolloutNoise) -> "Walk":
         """Start a run."""
+        if self.clipped is not None:
+            return _ClippedWalk(self.clipped, noise, detach_input=self.plan.detach_input)
         return _RecursiveWalk(self, noise) if self.steps else _SummedWalk(self, noise)
 
 
@@ -155,6 +219,25 @@ class _RecursiveWalk:
         self.latents, self._index = latents, self._index + 1
 
 
+class _ClippedWalk:
+    """Steps that clip the predicted clean latents."""
+
+    def __init__(
+        self, steps: Sequence[ClippedStep], noise: RolloutNoise, *, detach_input: bool
+    ) -> None:
+        self._steps, self._noise, self._index = steps, noise, 0
+        self._detach_input = detach_input
+        self.latents = noise.initial()
+
+    def advance(self, output: Tensor) -> None:
+        """Take a step."""
+        step = self._steps[self._index]
+        latents = step.advance(self.latents, output, detach_input=self._detach_input)
+        if step.noise:
+            latents = latents + step.noise * self._noise.of_step(self._index)
+        self.latents, self._index = latents, self._index + 1
+
+
 class _SummedWalk:
     """Steps of a linear map; keeps every output."""
 
@@ -184,7 +267,7 @@ def _check_linear(steps: Sequence[object]) -> None:
     if others := [step for step in steps if not isinstance(step, LinearStep)]:
         raise ConfigError(
             f"expected steps that are linear in the output; got `{type(others[0]).__name__}`. "
-            "Use a sampler that is linear, one that does not clip."
+            "Use a sampler whose steps are linear; for one that clips, `ClippedSampler`."
         )
 
 

@@ -15,6 +15,7 @@ from segalign.errors import ConfigError, NonFiniteError
 from segalign.truncation.chain import Chain
 from segalign.truncation.denoiser import GuidedDenoiser
 from segalign.truncation.noise import RolloutNoise
+from segalign.truncation.penalty import OutputPenalty
 
 # (clean latents (M, c, h, w), rows int64 (M,)) -> losses (M,), decode and reward; their sum over
 # the batch is what is differentiated. ``rows`` says which caption each row has.
@@ -33,7 +34,9 @@ class GradientReport:
         losses: Their losses, ``(B,)``.
         renoised_losses: Those of the re-noised copies, ``(n, B)``.
         factors: By trained step, the factor of its output in the gradient, normalisation included.
+            Empty for a sampler that clips, which has none.
         inputs: By trained step, what the network saw, ``(B, c, h, w)``.
+        penalties: Of each sample, summed over the trained steps, ``(B,)``; 0 without.
     """
 
     latents: Tensor
@@ -41,6 +44,7 @@ class GradientReport:
     renoised_losses: Tensor
     factors: dict[int, float]
     inputs: dict[int, Tensor]
+    penalties: Tensor
 
 
 class GradientEngine(Protocol):
@@ -56,6 +60,7 @@ class GradientEngine(Protocol):
         rollout: Denoiser | None = None,
         backward: Backward | None = None,
         after_step: Callable[[int], None] | None = None,
+        penalty: OutputPenalty | None = None,
     ) -> GradientReport:
         """Sample, score and back-propagate.
 
@@ -69,13 +74,18 @@ class GradientEngine(Protocol):
             backward: Replaces ``Tensor.backward``.
             after_step: Called with the index of each trained step when its gradient is in
                 ``.grad``, to measure it. Where gradients of all steps come at once, not called.
+            penalty: Loss of the trained steps' conditional outputs, added to that of the images,
+                neither weighted nor normalised by the plan. Inputs are detached, whatever the plan
+                says, and re-noised copies have none.
 
         Returns:
             What was found.
 
         Raises:
             ConfigError: If the engine cannot serve the plan, or there is no gradient.
-            NonFiniteError: If losses or their gradient are not finite.
+            NonFiniteError: If losses, their gradient or penalties are not finite. An engine whose
+                ``check_finite`` is off goes on with what there is, so that ranks stay in step and
+                the caller can end the run on all of them.
         """
         ...
 
@@ -87,7 +97,12 @@ def row_chunks(num_rows: int, size: int | None, device: torch.device) -> Iterato
 
 
 def gradient_of_loss(
-    loss_of_latents: LossOfLatents, latents: Tensor, rows: Tensor, batch_size: int | None
+    loss_of_latents: LossOfLatents,
+    latents: Tensor,
+    rows: Tensor,
+    batch_size: int | None,
+    *,
+    check_finite: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Differentiate decode and reward alone.
 
@@ -96,13 +111,14 @@ def gradient_of_loss(
         latents: Clean latents ``(M, c, h, w)``.
         rows: Which caption each has, int64 ``(M,)``.
         batch_size: Rows that are decoded at a time; None is all.
+        check_finite: Whether numbers that are not finite are refused.
 
     Returns:
         Losses ``(M,)`` and the gradient of their sum, ``(M, c, h, w)``, both without gradient.
 
     Raises:
         ConfigError: If the losses do not depend on the latents, or are not one for each image.
-        NonFiniteError: If losses or gradient are not finite.
+        NonFiniteError: If losses or gradient are not finite and that is checked.
     """
     losses, gradients = [], []
     for chunk in row_chunks(len(latents), batch_size, latents.device):
@@ -115,7 +131,26 @@ def gradient_of_loss(
             raise _no_gradient("does not depend on the images")
         losses.append(loss.detach())
         gradients.append(gradient)
-    return _finite("losses", torch.cat(losses)), _finite("gradients", torch.cat(gradients))
+    found, gradient = torch.cat(losses), torch.cat(gradients)
+    if check_finite:
+        require_finite("losses of the reward", found)
+        require_finite("gradients of the reward", gradient)
+    return found, gradient
+
+
+def require_finite(name: str, values: Tensor) -> None:
+    """Refuse values of samples, ``(B, ...)``, that are not finite.
+
+    Raises:
+        NonFiniteError: If there are some.
+    """
+    if not values.isfinite().all():
+        per_image = values.reshape(len(values), -1).isfinite().all(1)
+        bad = (~per_image).nonzero().flatten().tolist()
+        raise NonFiniteError(
+            f"expected finite {name}; got NaN or infinity for images {bad} of "
+            f"{len(values)}. See the reward and the images."
+        )
 
 
 def require_trainable(output: Tensor) -> None:
@@ -169,15 +204,3 @@ def _no_gradient(found: str) -> ConfigError:
         f"expected a reward with a gradient to the images; got one that {found}. "
         "Use a differentiable reward."
     )
-
-
-def _finite(name: str, values: Tensor) -> Tensor:
-    """Return values that are finite."""
-    if not values.isfinite().all():
-        per_image = values.reshape(len(values), -1).isfinite().all(1)
-        bad = (~per_image).nonzero().flatten().tolist()
-        raise NonFiniteError(
-            f"expected finite {name} of the reward; got NaN or infinity for images {bad} of "
-            f"{len(values)}. See the reward and the images."
-        )
-    return values

@@ -5,13 +5,14 @@ Dims: B batch, M rows of a micro-batch, c/h/w latents.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from segalign.diffusion.linear_steps import Denoiser
-from segalign.truncation.chain import Chain
+from segalign.truncation.chain import Chain, Walk
 from segalign.truncation.denoiser import GuidedDenoiser
 from segalign.truncation.engine import (
     Backward,
@@ -21,10 +22,12 @@ from segalign.truncation.engine import (
     default_backward,
     gradient_of_loss,
     renoised,
+    require_finite,
     require_trainable,
     row_chunks,
 )
 from segalign.truncation.noise import RolloutNoise, RowsOfNoise
+from segalign.truncation.penalty import OutputPenalty, check_penalties
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ class GraphEngine:
             pass.
         micro_batch_size: Samples that run at a time; None is all.
         loss_batch_size: Images that are decoded and scored at a time; None is all.
+        check_finite: Whether numbers that are not finite are refused.
 
     Raises:
         ConfigError: If a size is below 1.
@@ -46,6 +50,7 @@ class GraphEngine:
     checkpoint: bool = False
     micro_batch_size: int | None = None
     loss_batch_size: int | None = None
+    check_finite: bool = True
 
     def __post_init__(self) -> None:
         """Check the sizes."""
@@ -61,16 +66,18 @@ class GraphEngine:
         rollout: Denoiser | None = None,
         backward: Backward | None = None,
         after_step: Callable[[int], None] | None = None,
+        penalty: OutputPenalty | None = None,
     ) -> GradientReport:
         """Sample, score and back-propagate: see ``GradientEngine``.
 
-        ``rollout`` is for whole batches, and is not used with a ``micro_batch_size``.
+        ``rollout`` is for whole batches, and is not used with a ``micro_batch_size``. A penalty of
+        steps whose inputs are attached needs one more call of the network at each.
         """
         initial = noise.initial()
         chunks = list(row_chunks(len(initial), self.micro_batch_size, initial.device))
         parts = []
         for chunk in chunks:
-            run = _Recording(self, chain, denoiser, RowsOfNoise(noise, chunk), chunk)
+            run = _Recording(self, chain, denoiser, RowsOfNoise(noise, chunk), chunk, penalty)
             with torch.enable_grad():
                 loss, report = run.record(loss_of_latents, rollout if len(chunks) == 1 else None)
             (backward or default_backward)(loss, chunk is chunks[-1])
@@ -81,6 +88,7 @@ class GraphEngine:
             torch.cat([part.renoised_losses for part in parts], dim=1),
             parts[0].factors,
             {i: torch.cat([part.inputs[i] for part in parts]) for i in parts[0].inputs},
+            torch.cat([part.penalties for part in parts]),
         )
 
 
@@ -93,6 +101,7 @@ class _Recording:
     denoiser: GuidedDenoiser
     noise: RolloutNoise
     rows: Tensor
+    penalty: OutputPenalty | None
 
     def record(
         self, loss_of_latents: LossOfLatents, rollout: Denoiser | None
@@ -102,45 +111,76 @@ class _Recording:
         Returns:
             A scalar with the gradient of the loss (its value has no meaning), and the report.
         """
-        chain, plan = self.chain, self.chain.plan
-        walk, inputs = chain.walk(self.noise), {}
-        for index, timestep in enumerate(chain.path.timesteps):
-            if index in plan.train_steps:
-                inputs[index] = walk.latents.detach()
-                seen = inputs[index] if plan.detach_input else walk.latents
-                walk.advance(self._trained_output(seen, timestep))
-            else:
-                walk.advance(self._output(walk.latents, timestep, rollout))
+        chain = self.chain
+        walk, inputs, penalties = self._walk(rollout)
         scored = [walk.latents]
-        step = chain.clean_step
         scored += [
-            step.a * copy + step.b * self._trained_output(copy, step.timestep)
+            chain.clean(copy, self._trained_outputs(copy, chain.clean_step.timestep)[0])
             for copy in renoised(chain, walk.latents, self.noise)
         ]
-        size = self.engine.loss_batch_size
-        found = [gradient_of_loss(loss_of_latents, image, self.rows, size) for image in scored]
+        found = [self._score(loss_of_latents, image) for image in scored]
         loss = torch.stack(
             [(image * gradient).sum() for image, (_, gradient) in zip(scored, found, strict=True)]
         ).sum()
         losses = torch.stack([values for values, _ in found])
+        total = losses.new_zeros(len(self.rows))
+        for values in penalties:
+            total += values.detach().to(total)
+        if self.engine.check_finite:
+            require_finite("penalties", total)
         report = GradientReport(
-            walk.latents.detach(),
-            losses[0],
-            losses[1:],
-            {index: chain.weight * chain.factors[index] for index in plan.train_steps},
-            inputs,
+            walk.latents.detach(), losses[0], losses[1:], chain.trained_factors, inputs, total
         )
-        return chain.image_weight * loss, report
+        surrogate = chain.image_weight * loss
+        for values in penalties:
+            surrogate = surrogate + values.sum()
+        return surrogate, report
 
-    def _trained_output(self, latents: Tensor, timestep: int) -> Tensor:
-        """Call the network with gradient."""
-        arguments = latents, timestep, self.rows
-        if self.engine.checkpoint:
-            output: Tensor = checkpoint(self.denoiser, *arguments, use_reentrant=False)
-        else:
-            output = self.denoiser(*arguments)
+    def _walk(self, rollout: Denoiser | None) -> tuple[Walk, dict[int, Tensor], list[Tensor]]:
+        """Take all steps; return also what trained ones saw, and their penalties ``(M,)``."""
+        plan, penalties = self.chain.plan, []
+        walk, inputs = self.chain.walk(self.noise), {}
+        for index, timestep in enumerate(self.chain.timesteps):
+            if index not in plan.train_steps:
+                walk.advance(self._output(walk.latents, timestep, rollout))
+                continue
+            inputs[index] = walk.latents.detach()
+            seen = inputs[index] if plan.detach_input else walk.latents
+            output, conditional = self._trained_outputs(seen, timestep)
+            walk.advance(output)
+            if self.penalty is not None:
+                penalties.append(self._penalties(self.penalty, conditional, seen, timestep))
+        return walk, inputs, penalties
+
+    def _score(self, loss_of_latents: LossOfLatents, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Differentiate the loss of clean latents."""
+        size, check = self.engine.loss_batch_size, self.engine.check_finite
+        return gradient_of_loss(loss_of_latents, latents, self.rows, size, check_finite=check)
+
+    def _penalties(
+        self, penalty: OutputPenalty, conditional: Tensor, seen: Tensor, timestep: int
+    ) -> Tensor:
+        """Penalise a trained step, ``(M,)``; its gradient ends at the step's input."""
+        timesteps = torch.full((len(seen),), timestep, device=seen.device)
+        if seen.requires_grad:
+            conditional = self._recorded(
+                self.denoiser.conditional, seen.detach(), timesteps, self.rows
+            )
+        values = penalty(conditional, seen.detach(), timesteps, self.rows)
+        check_penalties(values, len(seen))
+        return values
+
+    def _trained_outputs(self, latents: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+        """Call the network with gradient; return the guided output and the conditional one."""
+        output, conditional = self._recorded(self.denoiser.outputs, latents, timestep, self.rows)
         require_trainable(output)
-        return output
+        return output, conditional
+
+    def _recorded(self, network: Callable[..., Any], *arguments: Any) -> Any:
+        """Call the network, keeping what the backward pass needs, or the input alone."""
+        if self.engine.checkpoint:
+            return checkpoint(network, *arguments, use_reentrant=False)
+        return network(*arguments)
 
     def _output(self, latents: Tensor, timestep: int, rollout: Denoiser | None) -> Tensor:
         """Call the network without gradient."""

@@ -25,10 +25,11 @@ from segalign.truncation.engine import (
     default_backward,
     gradient_of_loss,
     renoised,
+    require_finite,
     require_trainable,
 )
 from segalign.truncation.noise import RolloutNoise
-from segalign.truncation.plan import TruncationPlan
+from segalign.truncation.penalty import OutputPenalty, check_penalties
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,7 @@ class _TrainedCall:
     latents: Tensor
     gradient: Tensor
     factor: float
+    is_copy: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +50,14 @@ class _MicroBatch:
 
     branch: Branch
     parts: Sequence[tuple[_TrainedCall, slice]]
+    penalty: OutputPenalty | None
 
-    def surrogate(self) -> Tensor:
-        """Call the network; return a scalar whose gradient is that of the run."""
+    def surrogate(self, penalties: Tensor) -> Tensor:
+        """Call the network; return a scalar whose gradient is that of the run.
+
+        Args:
+            penalties: ``(B,)``; those of the pairs are added to it.
+        """
         latents = torch.cat([call.latents[rows] for call, rows in self.parts])
         cotangents = torch.cat(
             [
@@ -63,7 +70,22 @@ class _MicroBatch:
         with torch.enable_grad():
             output = self.branch.network(latents, timesteps, rows)
             require_trainable(output)
-            return (output * cotangents).sum()
+            scalar = (output * cotangents).sum()
+            if self.penalty is None or not (kept := self._penalised()):
+                return scalar
+            if len(kept) < len(output):
+                chosen = torch.tensor(kept, device=latents.device)
+                output, latents = output[chosen], latents[chosen]
+                timesteps, rows = timesteps[chosen], rows[chosen]
+            values = self.penalty(output, latents, timesteps, rows)
+            check_penalties(values, len(output))
+        penalties.index_add_(0, rows, values.detach().to(penalties))
+        return scalar + values.sum()
+
+    def _penalised(self) -> list[int]:
+        """Return the positions of pairs that are of the run itself, not of a re-noised copy."""
+        copies = [call.is_copy for call, rows in self.parts for _ in range(rows.start, rows.stop)]
+        return [position for position, is_copy in enumerate(copies) if not is_copy]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +99,7 @@ class ReplayEngine:
         micro_batch_size: Pairs of a sample and a trained step in one call of the network; None is
             the number of samples. Terms of the guided output are called one after the other.
         loss_batch_size: Images that are decoded and scored at a time; None is all.
+        check_finite: Whether numbers that are not finite are refused.
 
     Raises:
         ConfigError: If a size is below 1.
@@ -84,6 +107,7 @@ class ReplayEngine:
 
     micro_batch_size: int | None = None
     loss_batch_size: int | None = None
+    check_finite: bool = True
 
     def __post_init__(self) -> None:
         """Check the sizes."""
@@ -99,26 +123,31 @@ class ReplayEngine:
         rollout: Denoiser | None = None,
         backward: Backward | None = None,
         after_step: Callable[[int], None] | None = None,
+        penalty: OutputPenalty | None = None,
     ) -> GradientReport:
         """Sample, score and back-propagate: see ``GradientEngine``.
 
         With ``after_step``, a micro-batch has pairs of one step alone.
         """
-        _check_replayable(chain.plan)
+        _check_replayable(chain)
         branches = denoiser.branches()
         sampled = rollout or denoiser
         latents, inputs = _roll_out(chain, sampled, noise)
         losses, calls = self._score(chain, sampled, noise, loss_of_latents, latents, inputs)
         groups = _by_step(calls) if after_step else [calls]
-        batches = [list(self._micro_batches(branches, group)) for group in groups]
+        batches = [list(self._micro_batches(branches, group, penalty)) for group in groups]
+        penalties = torch.zeros_like(losses[0])
         last = next(batch for group in reversed(batches) for batch in reversed(group))
         for group, micro_batches in zip(groups, batches, strict=True):
             for batch in micro_batches:
-                (backward or default_backward)(batch.surrogate(), batch is last)
+                (backward or default_backward)(batch.surrogate(penalties), batch is last)
             if after_step:
                 after_step(group[0].step_index)
-        factors = {index: chain.weight * chain.factors[index] for index in inputs}
-        return GradientReport(latents, losses[0], losses[1:], factors, inputs)
+        if self.check_finite:
+            require_finite("penalties", penalties)
+        return GradientReport(
+            latents, losses[0], losses[1:], chain.trained_factors, inputs, penalties
+        )
 
     def _score(
         self,
@@ -134,33 +163,47 @@ class ReplayEngine:
         Returns:
             Losses ``(1 + n, B)``, and what is to be replayed.
         """
-        rows = torch.arange(len(latents), device=latents.device)
-        found, gradient = gradient_of_loss(loss_of_latents, latents, rows, self.loss_batch_size)
+        found, gradient = self._differentiate(loss_of_latents, latents)
         losses, weight = [found], chain.image_weight
-        timesteps, factors, step = chain.path.timesteps, chain.factors, chain.clean_step
+        timesteps, factors, step = chain.timesteps, chain.factors, chain.clean_step
         calls = [
             _TrainedCall(index, timesteps[index], seen, gradient, weight * factors[index])
             for index, seen in inputs.items()
         ]
         for copy in renoised(chain, latents, noise):
             with torch.no_grad():
-                image = step.a * copy + step.b * denoiser(copy, step.timestep)
-            found, gradient = gradient_of_loss(loss_of_latents, image, rows, self.loss_batch_size)
+                image = chain.clean(copy, denoiser(copy, step.timestep))
+            found, gradient = self._differentiate(loss_of_latents, image)
             losses.append(found)
             index = chain.plan.last_step
-            calls.append(_TrainedCall(index, step.timestep, copy, gradient, weight * step.b))
+            factor = weight * step.b
+            calls.append(_TrainedCall(index, step.timestep, copy, gradient, factor, is_copy=True))
         return torch.stack(losses), calls
 
+    def _differentiate(
+        self, loss_of_latents: LossOfLatents, latents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return losses ``(B,)`` and their gradient."""
+        rows = torch.arange(len(latents), device=latents.device)
+        return gradient_of_loss(
+            loss_of_latents, latents, rows, self.loss_batch_size, check_finite=self.check_finite
+        )
+
     def _micro_batches(
-        self, branches: Sequence[Branch], calls: Sequence[_TrainedCall]
+        self,
+        branches: Sequence[Branch],
+        calls: Sequence[_TrainedCall],
+        penalty: OutputPenalty | None,
     ) -> Iterator[_MicroBatch]:
-        """Cut the pairs of all calls, row after row, term after term."""
+        """Cut the pairs of all calls, row after row, term after term; the first is penalised."""
         num_rows = len(calls[0].latents)
         size = self.micro_batch_size or num_rows
         for branch in branches:
-            used = [call for call in calls if branch.weight(call.timestep)]
+            own = penalty if branch is branches[0] else None
+            used = [call for call in calls if own or branch.weight(call.timestep)]
             for start in range(0, len(used) * num_rows, size):
-                yield _MicroBatch(branch, list(_overlaps(used, num_rows, start, start + size)))
+                parts = list(_overlaps(used, num_rows, start, start + size))
+                yield _MicroBatch(branch, parts, own)
 
 
 def _overlaps(
@@ -185,7 +228,7 @@ def _roll_out(
     # Never inference mode: its tensors cannot be replayed, and sharded weights refuse it.
     with torch.no_grad():
         walk = chain.walk(noise)
-        for index, timestep in enumerate(chain.path.timesteps):
+        for index, timestep in enumerate(chain.timesteps):
             if index in chain.plan.train_steps:
                 inputs[index] = walk.latents
             walk.advance(denoiser(walk.latents, timestep))
@@ -198,7 +241,13 @@ def _by_step(calls: Sequence[_TrainedCall]) -> list[list[_TrainedCall]]:
     return [[call for call in calls if call.step_index == step] for step in steps]
 
 
-def _check_replayable(plan: TruncationPlan) -> None:
+def _check_replayable(chain: Chain) -> None:
+    plan = chain.plan
+    if chain.clipped is not None:
+        raise ConfigError(
+            "expected a sampler that is linear in the outputs for the replay engine; got one that "
+            "clips. Use `segalign.truncation.graph.GraphEngine`, or a sampler that does not clip."
+        )
     if not plan.replayable:
         raise ConfigError(
             f"expected detached inputs for the replay engine; got attached ones at the last "
