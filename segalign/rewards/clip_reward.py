@@ -1,12 +1,12 @@
 """CLIP-type rewards: CLIP-H, PickScore, HPSv2, Denscore and any other CLIP, one class.
 
-Dims: B batch, N segments in the batch, E joint-embedding width.
+Dims: B batch, N segments in the batch, E joint-embedding width, M images of a call.
 
 Reference: arXiv 2410.11817 (segment-level score, reweighting).
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from segalign.errors import DataError
 from segalign.formats.clip_scorer import ResizeFilter, Scorer, load_clip_scorer
+from segalign.rewards.bound_reward import BoundReward, RewardTerms
 from segalign.rewards.common_direction import CommonDirection, observe_direction
 from segalign.rewards.decomposition import common_share, reweight, text_irrelevant
 from segalign.rewards.protocol import FrozenReward, check_batch
@@ -112,11 +113,20 @@ class ClipReward(FrozenReward):
             NonFiniteError: If an image is not finite.
         """
         check_batch(images, captions)
-        text_features = self.text_features(captions)
-        if self.common_direction is not None:
-            direction = self.common_direction(text_features)
-            text_features = reweight(text_features, direction, self.omega)
-        return (self.image_features(images) * text_features).sum(dim=-1)
+        texts = self._read(captions)
+        return (self.image_features(images) * texts.weighted).sum(dim=-1)
+
+    def bind(self, captions: Sequence[str]) -> BoundReward:
+        """Encode captions and ask for the common direction, once for all images: see `bind_reward`.
+
+        An estimate that learns does so here, as in a call. With a common direction, the parts are
+        ``text_relevant`` and ``text_irrelevant``, whose sum is the plain score, whatever omega is,
+        and ``common_share``.
+
+        Raises:
+            DataError: If text features are not finite.
+        """
+        return _BoundClipReward(self, self._read(captions))
 
     def image_features(self, images: Tensor) -> Tensor:
         """Encode images in [0, 1] to unit vectors ``(B, E)``; differentiable in the images.
@@ -180,10 +190,57 @@ class ClipReward(FrozenReward):
             scores = _scores_of(segments, image_features)
         return ScoreParts(plain - along, along, common_share(text, direction), scores)
 
+    def _read(self, captions: Sequence[str]) -> "_Texts":
+        """Encode captions as the images are scored against them."""
+        text = self.text_features(captions)
+        if self.common_direction is None:
+            return _Texts(text)
+        direction = self.common_direction(text)
+        # Autocast would round the shares, and leave some of V in the text-relevant part.
+        with torch.autocast(text.device.type, enabled=False):
+            along = text_irrelevant(text, direction)
+            return _Texts(
+                reweight(text, direction, self.omega),
+                {"text_relevant": text - along, "text_irrelevant": along},
+                {"common_share": common_share(text, direction)},
+            )
+
     def _mean(self, segments: SegmentFeatures) -> Tensor:
         """Average each caption's segments, ``(B, E)``."""
         means = segments.mean()
         return F.normalize(means, dim=-1) if self.renormalize else means
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """Text features of a batch, without gradient.
+
+    Attributes:
+        weighted: Those that images are scored against, ``(B, E)``.
+        parts: What they are made of, ``(B, E)``.
+        values: What is known of each caption without an image, ``(B,)``.
+    """
+
+    weighted: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _BoundClipReward:
+    """A reward that knows its captions."""
+
+    reward: ClipReward
+    texts: _Texts
+
+    def __call__(self, images: Tensor, rows: Tensor) -> RewardTerms:
+        self.reward.freeze()
+        # Not `image_features`: its check waits for the device.
+        image_features = self.reward.scorer.image_features(images)
+        rewards = (image_features * self.texts.weighted[rows]).sum(dim=-1)
+        seen = image_features.detach()
+        parts = {name: (seen * part[rows]).sum(dim=-1) for name, part in self.texts.parts.items()}
+        return RewardTerms(rewards, parts | {n: v[rows] for n, v in self.texts.values.items()})
 
 
 def check_features(features: Tensor, of: str) -> Tensor:

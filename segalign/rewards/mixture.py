@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from segalign.errors import ConfigError, DataError
+from segalign.rewards.bound_reward import BoundReward, RewardTerms, bind_reward, naming
 from segalign.rewards.protocol import Reward, RewardSource, set_step
 
 
@@ -52,6 +53,18 @@ class RewardMixture(nn.Module):
         """Score images: see ``Reward``."""
         return self.combine(self.score_each(images, captions))
 
+    def bind(self, captions: Sequence[str]) -> BoundReward:
+        """Bind every reward to a batch of captions: see `bind_reward`.
+
+        The parts are each reward's value by its name, unweighted, and its own parts as
+        ``NAME/PART``. A reward of weight 0 is reported alone and needs no gradient.
+        """
+        bound = {
+            name: bind_reward(reward, captions, name=name, is_rewarded=self.weights[name] != 0)
+            for name, reward in self.rewards.items()
+        }
+        return _BoundMixture(self, bound)
+
     def score_each(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
         """Score images by every reward alone, unweighted, ``(B,)`` each.
 
@@ -60,7 +73,8 @@ class RewardMixture(nn.Module):
         """
         scores = {}
         for name, reward in self.rewards.items():
-            scores[name] = reward(images, captions)
+            with naming(name):
+                scores[name] = reward(images, captions)
             if scores[name].shape != (len(captions),):
                 raise DataError(
                     f"expected {len(captions)} scores of the reward `{name}`; got shape "
@@ -71,6 +85,22 @@ class RewardMixture(nn.Module):
     def combine(self, scores: Mapping[str, Tensor]) -> Tensor:
         """Sum scores by name with the weights, ``(B,)``."""
         return torch.stack([weight * scores[name] for name, weight in self.weights.items()]).sum(0)
+
+
+@dataclass(frozen=True, eq=False)
+class _BoundMixture:
+    """A mixture whose rewards know their captions."""
+
+    mixture: RewardMixture
+    bound: Mapping[str, BoundReward]
+
+    def __call__(self, images: Tensor, rows: Tensor) -> RewardTerms:
+        terms = {name: bound(images, rows) for name, bound in self.bound.items()}
+        parts = {}
+        for name, each in terms.items():
+            parts[name] = each.rewards.detach()
+            parts |= {f"{name}/{part}": values for part, values in each.parts.items()}
+        return RewardTerms(self.mixture.combine({n: t.rewards for n, t in terms.items()}), parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +141,15 @@ def check_parts(parts: Mapping[str, WeightedReward | MixturePart]) -> None:
     """Refuse a mixture that cannot be.
 
     Raises:
-        ConfigError: If there is no part, a name has a dot or none, or a weight is not finite.
+        ConfigError: If there is no part, a name cannot be, or a weight is not finite.
     """
     if not parts:
         raise ConfigError("expected at least one reward in a mixture; got none; name one")
     for name, part in parts.items():
-        if not name or "." in name:
+        if not name or {".", "/"} & set(name) or name == "rewards":
             raise ConfigError(
-                f"expected a name without dots for a reward in a mixture; got `{name}`; rename it"
+                "expected a name without dots or slashes, other than `rewards`, for a reward in a "
+                f"mixture; got `{name}`; rename it"
             )
         if not isinstance(part, WeightedReward | MixturePart):
             raise ConfigError(
