@@ -9,19 +9,20 @@ import lightning.pytorch as pl
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from callbacks.best_checkpoint import BestValue, MonitorMode
 from segalign.atomic import make_directory, remove_directory
 from segalign.errors import ConfigError
 from segalign.run_directory import (
-    check_start,
     checkpoint_path,
     checkpoints_directory,
-    clear_superseded,
     prune_checkpoints,
     remove_stale,
 )
 from segalign.run_format import load_checkpoint, save_checkpoint
+from segalign.run_start import check_start, clear_superseded
 from segalign.trainable import trainable_parameters, trainable_state_dict
 
 _HYPER_PARAMETERS = (
@@ -64,7 +65,8 @@ class RunCheckpoint(Checkpoint):
 
     Only what is trained is saved; frozen weights come from where the config says. A checkpoint is
     taken at the end of an optimizer step, before a validation at the same step, so that a resumed
-    run goes on with the very next batch.
+    run goes on with the very next batch. With ``monitor``, the best checkpoint is kept besides:
+    ``checkpoints/best.json`` names it, and ``--ckpt_path best`` evaluates it.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
@@ -73,6 +75,9 @@ class RunCheckpoint(Checkpoint):
         overwrite: Start over in a run directory that holds checkpoints, which are deleted, with
             ``ckpt_path: auto`` too. With another ``ckpt_path``, go on from there and delete those
             checkpoints of the run directory that are later or of another run.
+        monitor: Name of a logged value, such as ``val/loss``, that is looked at after each
+            validation; where it is the best so far, a checkpoint of that very step is kept.
+        monitor_mode: ``max`` if larger is better, else ``min``.
 
     Raises:
         ConfigError: If ``keep`` is below 2.
@@ -83,6 +88,8 @@ class RunCheckpoint(Checkpoint):
         every_n_steps: PositiveInt = 1000,
         keep: PositiveInt = 2,
         overwrite: bool = False,
+        monitor: str | None = None,
+        monitor_mode: MonitorMode = "max",
     ) -> None:
         super().__init__()
         if keep < 2:
@@ -92,6 +99,9 @@ class RunCheckpoint(Checkpoint):
         self.overwrite = overwrite
         self._run_dir = Path()
         self._saved_step = 0
+        self._seen_step = 0
+        self._at_step_end = False
+        self._best = None if monitor is None else BestValue(monitor, monitor_mode)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -104,6 +114,8 @@ class RunCheckpoint(Checkpoint):
         """Tidy up after a killed attempt, and refuse to mix two runs in one directory."""
         if getattr(trainer, "fast_dev_run", False):
             return
+        if self._best is not None:
+            self._best.check_validates(trainer)
         start = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
         if not self.overwrite:
             check_start(self._run_dir, start)
@@ -111,11 +123,15 @@ class RunCheckpoint(Checkpoint):
             make_directory(checkpoints_directory(self._run_dir))
             remove_stale(self._run_dir)
             clear_superseded(self._run_dir, start, delete=self.overwrite)
+        if self._best is not None:
+            self._best.take_over(trainer, self._run_dir)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count optimizer steps from here."""
-        self._saved_step = trainer.global_step
+        self._saved_step = self._seen_step = trainer.global_step
+        if self._best is not None:
+            self._best.check_schedule(trainer)
 
     @override
     def on_train_batch_end(
@@ -128,15 +144,41 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         """Save when an optimizer step has just been taken and a checkpoint is due."""
         step = trainer.global_step
+        self._at_step_end, self._seen_step = step > self._seen_step, step
         is_due = step // self.every_n_steps > self._saved_step // self.every_n_steps
         if step > self._saved_step and (is_due or step == trainer.max_steps):
             self._save(trainer)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep a checkpoint of this step if the monitored value is the best so far."""
+        is_of_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if self._best is None or not is_of_fit:
+            return
+        value = self._best.look_up(trainer)
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        if not self._best.is_beaten_by(value):
+            return
+        if trainer.global_step > self._saved_step:
+            if not self._at_step_end:
+                _logger.warning("no checkpoint of the best value: a step was under way")
+                return
+            self._save(trainer)
+        self._best.keep(trainer, self._run_dir, value)
+        if trainer.is_global_zero:
+            prune_checkpoints(self._run_dir, self.keep)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what was trained since the last checkpoint, whatever ended the training."""
         if trainer.global_step > self._saved_step:
             self._save(trainer)
+        if self._best is not None and self._best.value is None and trainer.is_global_zero:
+            _logger.warning(
+                "there is no best checkpoint: no validation ended with a finite `%s`",
+                self._best.monitor,
+            )
 
     def _save(self, trainer: pl.Trainer) -> None:
         if getattr(trainer, "fast_dev_run", False):

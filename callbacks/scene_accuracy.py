@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from segalign.diffusion.generator import Weights, as_generator
+from segalign.diffusion.made_images import shared_images
 from segalign.scenes.evaluation import SceneScore
 from segalign.scenes.world import get_world
 from segalign.text.tokenizer import clip_tokenizer
@@ -61,9 +62,11 @@ class SceneAccuracy(Callback):
         if self._score is None or batch_idx >= self.num_batches:
             return
         ids = batch["sample_ids"].tolist()
-        images = as_generator(pl_module).generate(
-            batch["captions"], ids, self.eval_seed, self.weights
-        )
+        images = shared_images(outputs, self.eval_seed, self.weights)
+        if images is None:
+            images = as_generator(pl_module).generate(
+                batch["captions"], ids, self.eval_seed, self.weights
+            )
         rows = batch["valid"].nonzero().flatten().tolist()
         self._score.update(
             images[rows],

@@ -9,16 +9,15 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
-from segalign.atomic import write_text_atomic
+from callbacks.before_after import is_written, show_written_report, write_report
 from segalign.data.progress import show_progress
 from segalign.diffusion.generator import ImageGenerator, Weights
 from segalign.errors import ConfigError
-from segalign.pictures import Panel, panel_grid
+from segalign.metrics.report_table import ReportTable
+from segalign.pictures import Panel
 from segalign.scenes.evaluation import score_generator
 from segalign.scenes.grammar import CaptionLength
 from segalign.scenes.samples import SceneSample, make_sample
@@ -101,7 +100,7 @@ class ScenesReport(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report; a run that was finished before repeats it, or makes it up."""
         run_dir = Path(trainer.default_root_dir)
-        written = (run_dir / "report.md").is_file()
+        written = is_written(run_dir)
         if self._after is None and not written and self.rows:
             self._after = self._score_all(_switchable(pl_module), "after", self.weights)
         if not trainer.is_global_zero:
@@ -109,10 +108,7 @@ class ScenesReport(Callback):
         if self._after is not None:
             self._write(run_dir, self._after)
         elif written:
-            console = Console()
-            console.print("This run was finished before.", (run_dir / "report.md").read_text())
-            where = run_dir / "report.png"
-            console.print(f"Prompts with images before and after: {where}", soft_wrap=True)
+            show_written_report(run_dir)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -165,18 +161,13 @@ class ScenesReport(Callback):
         ]
 
     def _write(self, run_dir: Path, after: Tensor) -> None:
-        # A table that wraps cannot be read; too wide a line can.
-        console = Console(width=max(Console().width, 120))
-        console.print(self._table())
-        write_text_atomic(run_dir / "report.md", self._markdown())
-        picture = run_dir / "report.png"
         assert self._before is not None
         panels = [
             Panel([before, now], ["before", "after"], sample.caption)
             for before, now, sample in zip(self._before, after, self._samples("long"), strict=False)
         ]
-        panel_grid(panels, columns=3, side=140, max_lines=14).save(picture)
-        console.print(f"Prompts with images before and after: {picture}", soft_wrap=True)
+        title = "Attribute accuracy: before -> after (chance)"
+        write_report(run_dir, ReportTable(title, list(HEADINGS), self._cells()), panels)
 
     def _cells(self) -> list[list[str]]:
         return [
@@ -189,21 +180,3 @@ class ScenesReport(Callback):
             return "-"
         chance = row.get(f"after chance {column}", float("nan"))
         return f"{row[f'before {column}']:.3f} -> {row[f'after {column}']:.3f} ({chance:.2f})"
-
-    def _table(self) -> Table:
-        table = Table(title="Attribute accuracy: before -> after (chance)")
-        for heading in HEADINGS:
-            table.add_column(heading, no_wrap=True)
-        for cells in self._cells():
-            table.add_row(*cells)
-        return table
-
-    def _markdown(self) -> str:
-        lines = [
-            "Attribute accuracy, before -> after (chance):",
-            "",
-            f"| {' | '.join(HEADINGS)} |",
-            "|---" * len(HEADINGS) + "|",
-            *(f"| {' | '.join(cells)} |" for cells in self._cells()),
-        ]
-        return "\n".join(lines) + "\n"

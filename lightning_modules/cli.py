@@ -16,13 +16,14 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from omegaconf.errors import InterpolationKeyError
 from typing_extensions import override
 
+from lightning_modules.checkpoint_choice import find_checkpoint
 from lightning_modules.config_checks import check_config_files, explain_interpolation
 from lightning_modules.known_noise import without_known_noise
 from lightning_modules.resume_checks import check_training, warn_of_other_weights
 from lightning_modules.short_usage_parser import LayeredConfigFile, ShortUsageParser
 from segalign.atomic import make_directory
 from segalign.errors import ConfigError
-from segalign.run_directory import newest_checkpoint, resolve_checkpoint, stored_step
+from segalign.run_directory import stored_step
 
 # Packages whose classes a config may name. A config is data, and must not reach `os` or `pickle`.
 ALLOWED_IMPORTS = (
@@ -159,7 +160,12 @@ class SegalignCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         self.run_dir = Path(self._setting("run_dir"))
         make_directory(self.run_dir)
-        self.checkpoint = self._find_checkpoint(self._setting("ckpt_path"))
+        self.checkpoint = find_checkpoint(
+            self._setting("ckpt_path"),
+            str(self.subcommand),
+            self.run_dir,
+            starts_over=self._setting("checkpoint.overwrite"),
+        )
         if self.subcommand == "fit":
             check_training(self._plain_config(), self.run_dir, self.checkpoint)
         else:
@@ -167,21 +173,6 @@ class SegalignCLI(LightningCLI):
 
     def _setting(self, key: str) -> Any:
         return self._get(self.config, key)
-
-    def _find_checkpoint(self, wanted: Any) -> Path | None:
-        if wanted is None:
-            return None
-        if str(wanted) != "auto":
-            return resolve_checkpoint(Path(wanted))
-        if self.subcommand == "fit" and self._setting("checkpoint.overwrite"):
-            return None
-        found = newest_checkpoint(self.run_dir)
-        if found is None and self.subcommand != "fit":
-            raise ConfigError(
-                f"expected a checkpoint for `--ckpt_path auto`; found none in `{self.run_dir}`. "
-                f"Train first, or give a checkpoint to `{self.subcommand}`."
-            )
-        return found
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

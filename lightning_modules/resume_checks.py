@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from segalign.errors import ConfigError
-from segalign.run_directory import check_start, newest_checkpoint, stored_config
+from segalign.run_directory import newest_checkpoint, stored_config
+from segalign.run_start import check_start
 from segalign.tree_codec import decode_tree
 
 # Sections of a config that decide what a training step computes.

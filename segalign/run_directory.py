@@ -7,6 +7,7 @@
     RUN/logs/                          TensorBoard and CSV
     RUN/samples/                       pictures
     RUN/checkpoints/step-00001000/     model, ema, optimizer (safetensors), state.json, meta.json
+    RUN/checkpoints/best.json          which of them is the best, and by what
 
 Pure standard library: tools that only look at runs need no PyTorch.
 """
@@ -15,15 +16,23 @@ import hashlib
 import json
 import logging
 import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from segalign.atomic import recover_directory, remove_directory, storage_errors
+from segalign.atomic import (
+    recover_directory,
+    remove_directory,
+    storage_errors,
+    write_text_atomic,
+)
 from segalign.errors import ConfigError, DataError
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
 STATE_FILE = "state.json"
+BEST_FILE = "best.json"
+BEST_NAME = "best"
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _logger = logging.getLogger(__name__)
@@ -126,6 +135,65 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
+@dataclass(frozen=True)
+class BestRecord:
+    """Which checkpoint of a run is the best: the content of ``best.json``.
+
+    Attributes:
+        step: Its optimizer step.
+        monitor: Name of the logged value that it is the best by.
+        value: That value; finite.
+        mode: ``max`` if larger is better, else ``min``.
+    """
+
+    step: int
+    monitor: str
+    value: float
+    mode: str
+
+
+def read_best(run_dir: Path) -> BestRecord | None:
+    """Read the record of a run's best checkpoint; None if there is none that can be read."""
+    path = checkpoints_directory(run_dir) / BEST_FILE
+    try:
+        record = json.loads(path.read_bytes())
+        return BestRecord(
+            int(record["step"]), record["monitor"], float(record["value"]), record["mode"]
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _logger.warning("ignoring `%s`, which cannot be read: %r", path, error)
+        return None
+
+
+def write_best(run_dir: Path, record: BestRecord) -> None:
+    """Record the best checkpoint, which must have been saved already."""
+    text = json.dumps(asdict(record), indent=1, allow_nan=False)
+    write_text_atomic(checkpoints_directory(run_dir) / BEST_FILE, text + "\n")
+
+
+def forget_best(run_dir: Path) -> None:
+    """Delete the record of the best checkpoint, but not the checkpoint."""
+    path = checkpoints_directory(run_dir) / BEST_FILE
+    with storage_errors(path):
+        path.unlink(missing_ok=True)
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """Find the best checkpoint of a run; one that is gone or damaged is named in a logged line."""
+    record = read_best(run_dir)
+    if record is None:
+        return None
+    path = checkpoint_path(run_dir, record.step)
+    try:
+        verify_checkpoint(path)
+    except DataError as error:
+        _logger.warning("ignoring `%s`: %s", BEST_FILE, error)
+        return None
+    return path
+
+
 def resolve_checkpoint(
     path: Path, *, option: str = "--ckpt_path", allows_auto: bool = True
 ) -> Path:
@@ -133,23 +201,25 @@ def resolve_checkpoint(
 
     Args:
         path: A checkpoint, a run directory, or its ``checkpoints`` directory; of the last two the
-            newest whole checkpoint is meant.
+            newest whole checkpoint is meant. ``best`` in one of them, where nothing else has this
+            name, is the run's best checkpoint.
         option: What the user gave it by, for the message.
         allows_auto: Whether that option takes ``auto`` too.
 
     Raises:
         ConfigError: If there is no checkpoint at this place.
     """
-    if (path / META_FILE).is_file() or checkpoint_step(path) >= 0:
-        if path.is_dir():
-            return path
-    else:
-        run_dir = path.parent if path.name == "checkpoints" else path
-        found = newest_checkpoint(run_dir)
-        if found is not None:
-            return found
+    found = _find_checkpoint(path)
+    if found is not None:
+        return found
     what = "nothing" if not path.exists() else "no whole checkpoint"
-    places = ["a run directory", "a directory such as `RUN/checkpoints/step-00001000`"]
+    if path.name == BEST_NAME and path.parent.is_dir():
+        what = "no best checkpoint"
+    places = [
+        "a run directory",
+        "a directory such as `RUN/checkpoints/step-00001000`",
+        "`RUN/checkpoints/best` of a run with `checkpoint.monitor`",
+    ]
     if allows_auto:
         places.append("`auto`")
     raise ConfigError(
@@ -158,10 +228,24 @@ def resolve_checkpoint(
     )
 
 
+def _find_checkpoint(path: Path) -> Path | None:
+    if (path / META_FILE).is_file() or checkpoint_step(path) >= 0:
+        return path if path.is_dir() else None
+    if path.name == BEST_NAME and not path.exists():
+        return best_checkpoint(_run_of(path.parent))
+    return newest_checkpoint(_run_of(path))
+
+
+def _run_of(path: Path) -> Path:
+    return path.parent if path.name == "checkpoints" else path
+
+
 def prune_checkpoints(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints of a run."""
+    """Delete all but the newest ``keep`` checkpoints of a run and the recorded best."""
+    best = read_best(run_dir)
     for path in list_checkpoints(run_dir)[:-keep]:
-        remove_directory(path)
+        if best is None or checkpoint_step(path) != best.step:
+            remove_directory(path)
 
 
 def remove_stale(run_dir: Path) -> None:
@@ -171,83 +255,6 @@ def remove_stale(run_dir: Path) -> None:
         return
     for stale in recover_directory(parent):
         _logger.warning("removed an unfinished checkpoint: %s", stale)
-
-
-def superseded_checkpoints(run_dir: Path, start: Path | None) -> list[Path]:
-    """List the checkpoints that training from ``start`` would mix with its own, the oldest first.
-
-    Args:
-        run_dir: The run directory that training writes into.
-        start: The checkpoint that it starts from; None starts anew.
-
-    Returns:
-        The later checkpoints if ``start`` is one of this run; otherwise all.
-    """
-    existing = list_checkpoints(run_dir)
-    if start is None or start.resolve().parent != checkpoints_directory(run_dir).resolve():
-        return existing
-    step = stored_step(start)
-    return [path for path in existing if checkpoint_step(path) > step]
-
-
-def check_start(run_dir: Path, start: Path | None) -> None:
-    """Refuse to mix two runs in one directory; later checkpoints that are damaged do not count.
-
-    Args:
-        run_dir: The run directory that training writes into.
-        start: The checkpoint that it starts from; None starts anew.
-
-    Raises:
-        ConfigError: If the directory holds checkpoints that training would mix with its own.
-    """
-    superseded = superseded_checkpoints(run_dir, start)
-    if not superseded:
-        return
-    newest = superseded[-1].name
-    if start is None:
-        raise ConfigError(
-            f"expected an empty run directory for a new run; `{run_dir}` holds `{newest}`. "
-            "Go on with `--ckpt_path auto`, choose another `--run_dir`, or start over with "
-            "`--checkpoint.overwrite true`."
-        )
-    if len(superseded) == len(list_checkpoints(run_dir)):
-        raise ConfigError(
-            f"expected a run directory without checkpoints to go on from `{start}`; `{run_dir}` "
-            f"holds `{newest}` of another run. Choose another `--run_dir`, or delete the other "
-            "run's checkpoints with `--checkpoint.overwrite true`."
-        )
-    whole = next((path.name for path in reversed(superseded) if _is_whole(path)), None)
-    if whole is not None:
-        raise ConfigError(
-            f"expected `{start.name}` to be the newest checkpoint of `{run_dir}`, which holds "
-            f"`{whole}` too. Choose another `--run_dir`, or delete the later checkpoints with "
-            "`--checkpoint.overwrite true`."
-        )
-
-
-def clear_superseded(run_dir: Path, start: Path | None, *, delete: bool) -> None:
-    """Delete, or else rename, the checkpoints that training from ``start`` would mix with its own.
-
-    A renamed checkpoint is neither found nor pruned any more.
-    """
-    for path in superseded_checkpoints(run_dir, start):
-        aside = path.with_name(f"{path.name}.damaged")
-        if delete:
-            remove_directory(path)
-            continue
-        with storage_errors(aside):
-            if aside.exists():
-                remove_directory(aside)
-            path.rename(aside)
-        _logger.warning("set a damaged checkpoint aside: %s", aside)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        verify_checkpoint(checkpoint)
-    except DataError:
-        return False
-    return True
 
 
 def stored_step(checkpoint: Path) -> int:

@@ -45,7 +45,7 @@ def build_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     add = parser.add_argument
-    add("--checkpoint", type=str, required=True, help="run or checkpoint")
+    add("--checkpoint", type=str, required=True, help="run, checkpoint, or RUN/checkpoints/best")
     add(
         "--format",
         choices=_FORMATS,

@@ -59,7 +59,8 @@ def build_parser() -> ArgumentParser:
         "--checkpoint",
         type=str,
         required=True,
-        help="run, checkpoint, or folder of `main.py export --format diffusers`",
+        help="run, checkpoint, RUN/checkpoints/best, or folder of `main.py export --format "
+        "diffusers`",
     )
     add(
         "--prompt", type=str, action="append", default=[], help="a prompt; give several if you like"

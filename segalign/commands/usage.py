@@ -4,9 +4,9 @@ USAGE = """usage: python main.py COMMAND [options]     (help on one: python main
 
 train and evaluate; configs are layered left to right, `--key.subkey VALUE` overrides them:
   fit       --config FILE [--config FILE ...] [--ckpt_path auto|RUN|CHECKPOINT] [--run_dir DIR]
-  validate  --config FILE --ckpt_path auto|RUN|CHECKPOINT
-  test      --config FILE --ckpt_path auto|RUN|CHECKPOINT
-  predict   --config FILE --ckpt_path auto|RUN|CHECKPOINT
+  validate  --config FILE --ckpt_path auto|best|RUN|CHECKPOINT
+  test      --config FILE --ckpt_path auto|best|RUN|CHECKPOINT
+  predict   --config FILE --ckpt_path auto|best|RUN|CHECKPOINT
 
 images and weights:
   generate  --checkpoint RUN|CHECKPOINT|FOLDER --prompt TEXT|--prompt-file FILE --out DIR

@@ -18,7 +18,12 @@ MAY_IMPORT = {
     "callbacks": {"segalign", "callbacks"},
 }
 # Pure standard library at import time, so that light commands and tools start at once.
-TORCH_FREE = ("segalign.atomic", "segalign.error_boundary", "segalign.run_directory")
+TORCH_FREE = (
+    "segalign.atomic",
+    "segalign.error_boundary",
+    "segalign.run_directory",
+    "segalign.run_start",
+)
 MACHINE_PATH = re.compile(r"""["'(= ]/(home|root|work|tmp|Users|mnt|scratch)/\w""")
 
 

@@ -9,16 +9,21 @@ import pytest
 from segalign.atomic import temporary_sibling
 from segalign.errors import ConfigError, DataError
 from segalign.run_directory import (
+    BestRecord,
+    best_checkpoint,
     checkpoint_path,
     checkpoint_step,
     describe_files,
     list_checkpoints,
     newest_checkpoint,
     prune_checkpoints,
+    read_best,
     remove_stale,
     resolve_checkpoint,
     stored_step,
+    write_best,
 )
+from segalign.run_start import clear_superseded
 
 
 def make_checkpoint(run_dir: Path, step: int) -> Path:
@@ -106,3 +111,60 @@ def test_stored_step(run_dir):
 def test_looking_at_runs_needs_no_torch(repository):
     code = "import sys, segalign.run_directory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=repository, check=False).returncode == 0
+
+
+def write_record(run_dir: Path, step: int) -> None:
+    write_best(run_dir, BestRecord(step, "val/reward", 0.5, "max"))
+
+
+def test_the_best_checkpoint_is_found_by_a_virtual_name(run_dir):
+    best, _ = make_checkpoint(run_dir, 1), make_checkpoint(run_dir, 2)
+    assert best_checkpoint(run_dir) is None
+    with pytest.raises(ConfigError, match=r"found no best checkpoint at `.*/checkpoints/best`"):
+        resolve_checkpoint(run_dir / "checkpoints" / "best")
+    write_record(run_dir, 1)
+    assert read_best(run_dir) == BestRecord(1, "val/reward", 0.5, "max")
+    assert best_checkpoint(run_dir) == best
+    for place in (run_dir / "checkpoints" / "best", run_dir / "best"):
+        assert resolve_checkpoint(place) == best
+
+
+def test_a_run_that_is_called_best_is_a_run(tmp_path):
+    runs = tmp_path / "runs"
+    newest = make_checkpoint(runs / "best", 3)
+    assert resolve_checkpoint(runs / "best") == newest
+
+
+def test_a_best_that_is_damaged_or_gone_is_none(run_dir, caplog):
+    path = make_checkpoint(run_dir, 1)
+    write_record(run_dir, 1)
+    (path / "state.json").write_text("damaged")
+    with caplog.at_level(logging.WARNING):
+        assert best_checkpoint(run_dir) is None
+    assert "bytes, not" in caplog.text
+    write_record(run_dir, 7)
+    assert best_checkpoint(run_dir) is None
+    assert "step-00000007" in caplog.text
+    (path.parent / "best.json").write_text("{")
+    assert read_best(run_dir) is None
+    assert "cannot be read" in caplog.text
+
+
+def test_pruning_spares_the_best(run_dir):
+    for step in (1, 2, 10, 20):
+        make_checkpoint(run_dir, step)
+    write_record(run_dir, 1)
+    prune_checkpoints(run_dir, 2)
+    assert [checkpoint_step(path) for path in list_checkpoints(run_dir)] == [1, 10, 20]
+
+
+@pytest.mark.parametrize(("best", "left"), [(2, None), (1, 1)])
+@pytest.mark.parametrize("delete", [True, False])
+def test_going_back_forgets_a_best_that_goes(run_dir, best, left, delete):
+    start = make_checkpoint(run_dir, 1)
+    make_checkpoint(run_dir, 2)
+    write_record(run_dir, best)
+    clear_superseded(run_dir, start, delete=delete)
+    found = read_best(run_dir)
+    assert (found and found.step) == left
+    assert list_checkpoints(run_dir) == [start]
