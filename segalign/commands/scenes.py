@@ -1,4 +1,4 @@
-"""``main.py scenes``: keep the weights of the tiny base and of the held-out scorer."""
+"""``main.py scenes``: keep the weights of the tiny base and of the scorers beside it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,22 +30,35 @@ def build_parser() -> ArgumentParser:
         "--scorer", type=str, required=True, help="Run of configs/scenes/held_out_scorer.yaml."
     )
     held_out.add_argument("--output", type=str, help=_OUTPUT)
+    preference = ArgumentParser(
+        description="Write the preference model's weights beside the tiny base's.",
+        exit_on_error=False,
+    )
+    preference.add_argument(
+        "--scorer", type=str, required=True, help="Run of configs/scenes/preference.yaml."
+    )
+    preference.add_argument("--output", type=str, help=_OUTPUT)
     commands = parser.add_subcommands()
     commands.add_subcommand("pack-base", base)
     commands.add_subcommand("pack-held-out", held_out)
+    commands.add_subcommand("pack-preference", preference)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    options = parse_arguments(build_parser(), argv, ["pack-base", "pack-held-out"])
-    from segalign.scenes.shipping import pack_base, pack_held_out
+    options = parse_arguments(
+        build_parser(), argv, ["pack-base", "pack-held-out", "pack-preference"]
+    )
+    from segalign.scenes.shipping import pack_base, pack_held_out, pack_preference
     from segalign.scenes.weights import shipped_folder
 
     chosen = options[options.subcommand]
     folder = Path(chosen.output) if chosen.output else shipped_folder()
     if options.subcommand == "pack-held-out":
         print(pack_held_out(Path(chosen.scorer), folder))
+    elif options.subcommand == "pack-preference":
+        print(pack_preference(Path(chosen.scorer), folder))
     else:
         print(pack_base(Path(chosen.scorer), Path(chosen.generator), folder))
     return 0

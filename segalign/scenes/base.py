@@ -24,6 +24,8 @@ from segalign.text.tokenizer import clip_tokenizer
 GENERATOR_PREFIXES = ("unet.",)
 TEXT_PREFIXES = ("conditioner.tower.text_model.", "scorer.model.text_model.", "model.text_model.")
 SCORER_PREFIXES = ("scorer.model.", "model.")
+# The scorer after preference training: a file of its own beside the base's.
+PREFERENCE = "preference_scorer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +69,10 @@ class ScenesBase:
 
 
 def load_scorer(world: str, source: str) -> CLIPModel:
-    """Build the scorer and read its weights (``shipped``, ``random`` or a run)."""
+    """Build the scorer and read its weights (``shipped``, ``preference``, ``random`` or a run)."""
     model = scorer_model(get_world(world))
-    state = read_weights(source, "scorer", SCORER_PREFIXES, world)
+    part, source = (PREFERENCE, "shipped") if source == "preference" else ("scorer", source)
+    state = read_weights(source, part, SCORER_PREFIXES, world)
     if state is not None:
         # Training keeps the temperature one-dimensional, as sharding wants it.
         scale = {k: v.reshape(()) for k, v in state.items() if k == "logit_scale"}

@@ -15,7 +15,8 @@ class ScenesScorer:
 
     Args:
         world: World of the images; the shipped weights are of ``3x3``.
-        weights: ``shipped``, ``random``, or a run (or checkpoint) that trained one.
+        weights: ``shipped``; ``preference``, shipped too, which configs/scenes/preference.yaml has
+            trained from it; ``random``; or a run (or checkpoint) that trained one.
     """
 
     world: str = "3x3"

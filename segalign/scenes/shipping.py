@@ -17,6 +17,7 @@ from segalign.rewards.clip_reward import ClipReward
 from segalign.run_directory import checkpoint_step, resolve_checkpoint
 from segalign.scenes.base import (
     GENERATOR_PREFIXES,
+    PREFERENCE,
     SCORER_PREFIXES,
     TEXT_PREFIXES,
     ScenesBase,
@@ -42,7 +43,7 @@ _PROVENANCE = "provenance.json"
 def pack_base(scorer: Path, generator: Path, folder: Path) -> str:
     """Write ``scorer``, ``text_model`` and ``generator`` weights and ``provenance.json``.
 
-    What the folder says of a held-out scorer is kept.
+    What the folder says of a held-out scorer and of a preference model is kept.
 
     Args:
         scorer: Run of the scorer.
@@ -71,7 +72,7 @@ def pack_base(scorer: Path, generator: Path, folder: Path) -> str:
     }
     if (folder / _PROVENANCE).is_file():
         earlier = _read_provenance(folder)
-        provenance |= {key: earlier[key] for key in (HELD_OUT,) if key in earlier}
+        provenance |= {key: earlier[key] for key in (HELD_OUT, PREFERENCE) if key in earlier}
     _write_provenance(folder, provenance)
     return f"{folder}: attributes {accuracy['attributes']:.3f} on short captions"
 
@@ -97,6 +98,50 @@ def pack_held_out(run: Path, folder: Path) -> str:
     provenance[HELD_OUT] = {"run": describe_run(run), **_machine(), "scores": scores}
     _write_provenance(folder, provenance)
     return f"{folder}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+
+
+def pack_preference(run: Path, folder: Path) -> str:
+    """Write the preference model's weights beside those of the tiny base, with their provenance.
+
+    Args:
+        run: Run of the preference model, which started from the base's scorer.
+        folder: Folder that `pack_base` wrote.
+
+    Returns:
+        One line about what was written.
+
+    Raises:
+        DataError: If the folder does not hold a base.
+    """
+    provenance = _read_provenance(folder)
+    state = read_weights(str(run), PREFERENCE, SCORER_PREFIXES, "3x3")
+    assert state is not None
+    save_compact(state, folder / f"{PREFERENCE}.safetensors", used_token_ids())
+    scores = score_preference(folder)
+    provenance[PREFERENCE] = {"run": describe_run(run), **_machine(), "scores": scores}
+    _write_provenance(folder, provenance)
+    return f"{folder}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+
+
+def score_preference(folder: Path) -> dict[str, float]:
+    """Measure the written preference model on pairs that no training run uses.
+
+    Returns:
+        Shares of pairs with long captions that it ranks right by the mean of segments (``pairs``),
+        and by the first 77 tokens (``pairs_whole``).
+    """
+    scorer = ScenesScorer(weights="random").load()
+    state = load_compact(folder / f"{PREFERENCE}.safetensors")
+    scale = {k: v.reshape(()) for k, v in state.items() if k == "logit_scale"}
+    fill_weights(scorer.model, state | scale, str(folder))
+    pairs = [make_pair("3x3", _SCORE_STREAM, index) for index in range(_NUM_SCORED)]
+    readings = {"pairs": SentenceSegmenter(), "pairs_whole": None}
+    return {
+        name: round(
+            float((pair_margins(ClipReward(scorer, segmenter=one), pairs) > 0).float().mean()), 4
+        )
+        for name, one in readings.items()
+    }
 
 
 def score_held_out(folder: Path) -> dict[str, float]:

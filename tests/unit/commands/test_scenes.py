@@ -8,7 +8,9 @@ from safetensors.torch import load_file, save_file
 import main
 from segalign.scenes import shipping
 from segalign.scenes.held_out import HeldOutModel
-from segalign.scenes.scorers import HeldOutScorer
+from segalign.scenes.models import scorer_model
+from segalign.scenes.scorers import HeldOutScorer, ScenesScorer
+from segalign.scenes.world import get_world
 
 
 @pytest.mark.parametrize(
@@ -61,3 +63,34 @@ def test_the_held_out_scorer_is_packed_beside_a_base(tmp_path, capsys, monkeypat
     )
     file = load_file(folder / "held_out_scorer.safetensors")
     assert file["text.token_embedding.weight.rows"].dtype == torch.float16
+
+
+def test_the_preference_model_is_packed_beside_a_base(tmp_path, capsys, monkeypatch):
+    model = scorer_model(get_world("3x3"))
+    run, folder = tmp_path / "run", tmp_path / "weights"
+    checkpoint = run / "checkpoints" / "step-00000002"
+    for made in (checkpoint, run / "logs", folder):
+        made.mkdir(parents=True)
+    state = {f"scorer.model.{k}": v for k, v in model.state_dict().items()}
+    state["scorer.model.logit_scale"] = torch.tensor([3.0])  # one-dimensional, as training has it
+    save_file(state, checkpoint / "model.safetensors")
+    (checkpoint / "meta.json").write_text('{"format_version": 1, "files": {}}')
+    scorer = {"init_args": {"weights": "shipped"}}
+    config = {"model": {"init_args": {"scorer": scorer}}, "data": {}, "seed_everything": 7}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "logs" / "metrics.csv").write_text("step,val/r_at_1\n1,0.5\n")
+    (folder / "provenance.json").write_text('{"runs": {"scorer": 1}, "held_out_scorer": 2}')
+    monkeypatch.setattr(shipping, "_NUM_SCORED", 4)
+    argv = ["scenes", "pack-preference", f"--scorer={run}", f"--output={folder}"]
+    assert main.main(argv) == 0
+    assert "pairs " in capsys.readouterr().out
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert (provenance["runs"], provenance["held_out_scorer"]) == ({"scorer": 1}, 2)
+    assert provenance["preference_scorer"]["scores"].keys() == {"pairs", "pairs_whole"}
+    monkeypatch.setattr("segalign.scenes.weights.shipped_folder", lambda: folder)
+    packed = ScenesScorer(weights="preference").load()
+    assert float(packed.logit_scale) == 3.0
+    weight = model.state_dict()["visual_projection.weight"]
+    torch.testing.assert_close(
+        packed.model.state_dict()["visual_projection.weight"], weight, atol=1e-3, rtol=1e-3
+    )
