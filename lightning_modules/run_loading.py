@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from lightning_modules.cli import ALLOWED_IMPORTS
+from lightning_modules.generator_module import GeneratorModule
 from lightning_modules.known_noise import without_known_noise
 from lightning_modules.short_usage_parser import ShortUsageParser
 from segalign.ema import TrainableEMA
@@ -43,6 +44,8 @@ def load_module(
         verify_checkpoint(checkpoint)
     config = _read_config(checkpoint)
     module: pl.LightningModule = build_module(config["model"], allow_import)
+    if isinstance(module, GeneratorModule):
+        module.needs_objective = False
     # Frozen parts that a config calls random come from its seed, the same in every command.
     with without_known_noise(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(config.get("seed_everything") or 0))

@@ -97,6 +97,10 @@ class TrainingModule(pl.LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Correct the gradient, unless a module that steps its optimizer itself has done so."""
+        self.finish_reduction()
+
+    def finish_reduction(self) -> None:
         """Turn the mean over all samples into the mean over valid ones.
 
         Raises:
@@ -126,9 +130,13 @@ class TrainingModule(pl.LightningModule):
         names = ", ".join(map(str, own[:_MAX_NAMED])) or "none of this rank"
         return NonFiniteError(
             f"expected finite losses at step {self.global_step}; got NaN or infinity for {num_bad} "
-            f"samples ({names}{', ...' if len(own) > _MAX_NAMED else ''}); no weight was changed; "
-            "look at these samples, or lower the learning rate"
+            f"samples ({names}{', ...' if len(own) > _MAX_NAMED else ''}){self.what_failed()}; no "
+            "weight was changed; look at these samples, or lower the learning rate"
         )
+
+    def what_failed(self) -> str:
+        """Say more of a loss that was not finite, in parentheses; here: nothing."""
+        return ""
 
     def report_text(self, report: TextReport, batch: CaptionBatch) -> None:
         """Log how much text of a training batch did not fit; say so the first time."""

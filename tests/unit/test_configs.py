@@ -1,5 +1,9 @@
 """Every file under configs/ is in this table, and parses."""
 
+import contextlib
+import io
+import math
+import pydoc
 from pathlib import Path
 
 import pytest
@@ -9,27 +13,43 @@ import yaml
 import main
 from lightning_modules.config_checks import check_config_files
 from segalign.diffusion.lora import OFFICIAL_TARGETS
+from segalign.diffusion.sampler import DDIMSampler
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-# Recipes run alone. Fragments and deltas are parsed over the recipe named beside them.
+# Recipes run alone. Fragments and deltas are parsed over the recipe named beside them; ablations
+# over both recipes of reward fine-tuning: here over longsd.yaml, end to end over scenes/reward.yaml.
 RECIPES = (
     "denscore.yaml",
+    "longsd.yaml",
     "longsd_align.yaml",
     "quickstart.yaml",
     "scenes/align.yaml",
     "scenes/generator.yaml",
     "scenes/held_out_scorer.yaml",
     "scenes/preference.yaml",
+    "scenes/reward.yaml",
     "scenes/scorer.yaml",
 )
+ABLATIONS = (
+    "ablations/alignprop.yaml",
+    "ablations/draft_1.yaml",
+    "ablations/draft_lv.yaml",
+    "ablations/k1.yaml",
+    "ablations/k10.yaml",
+    "ablations/no_decomposition.yaml",
+    "ablations/refl.yaml",
+    "ablations/text_relevant_only.yaml",
+)
 LAYERS = {
+    "longsd_lcm.yaml": "longsd.yaml",
     "scenes/reader.yaml": "scenes/scorer.yaml",
     "scenes/shapes.yaml": "scenes/generator.yaml",
     "base/logging.yaml": "scenes/align.yaml",
     "base/trainer.yaml": "scenes/align.yaml",
     "debug/denscore_tiny.yaml": "denscore.yaml",
     "debug/longsd_align_tiny.yaml": "longsd_align.yaml",
+    "debug/longsd_tiny.yaml": "longsd.yaml",
     "debug/overfit.yaml": "scenes/align.yaml",
     "debug/profile.yaml": "scenes/align.yaml",
     "debug/tiny.yaml": "scenes/align.yaml",
@@ -46,8 +66,7 @@ def parse(capsys, *names: str, stage: str = "fit") -> dict:
 
 def test_the_table_names_every_file():
     found = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.y*ml")}
-    assert found == {*RECIPES, *LAYERS}
-    assert len(found) == len(RECIPES) + len(LAYERS)
+    assert sorted(found) == sorted([*RECIPES, *LAYERS, *ABLATIONS])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -62,10 +81,46 @@ def test_recipes_parse(capsys, name, stage):
 @pytest.mark.parametrize(("name", "recipe"), LAYERS.items())
 def test_layers_parse_over_a_recipe(capsys, name, recipe):
     config = parse(capsys, recipe, name)
-    settings = yaml.safe_load((CONFIGS / name).read_text())
-    for key, value in settings["trainer"].items():
-        if not isinstance(value, dict) and not key.endswith("+"):
-            assert config["trainer"][key] == value
+    assert_holds(config, yaml.safe_load((CONFIGS / name).read_text()), name)
+
+
+def assert_holds(config: dict, settings: dict, place: str) -> None:
+    """Find all settings of a layer in a parsed config."""
+    if "class_path" not in config:
+        settings = settings.get("init_args", settings)  # a dataclass, printed without its name
+    for key, value in settings.items():
+        if key.endswith("+") or "${" in str(value):
+            continue
+        if isinstance(value, dict):
+            assert_holds(config[key], value, f"{place}: {key}")
+        elif not isinstance(value, list) or value == []:
+            assert config[key] == value, f"{place}: {key}"
+
+
+@pytest.fixture(scope="module")
+def longsd() -> dict:
+    """The parsed recipe, with which several tests compare."""
+    printed = io.StringIO()
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(printed):
+        main.main(["fit", f"--config={CONFIGS / 'longsd.yaml'}", "--print_config"])
+    return yaml.safe_load(printed.getvalue())
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_changes_one_thing_of_the_flagship(capsys, longsd, name):
+    layer = yaml.safe_load((CONFIGS / name).read_text())
+    (changed,) = layer["model"]["init_args"]
+    config = parse(capsys, "longsd.yaml", name)
+    ours, theirs = config["model"]["init_args"], longsd["model"]["init_args"]
+    assert ours[changed] != theirs[changed]
+    ours = ours | {changed: theirs[changed]}
+    assert config | {"model": config["model"] | {"init_args": ours}} == longsd
+    wanted = layer["model"]["init_args"][changed]
+    if "class_path" in wanted:
+        # No argument of the recipe's own class is left.
+        strategy = pydoc.locate(wanted["class_path"])
+        kept = config["model"]["init_args"][changed]["init_args"]
+        assert strategy(**kept) == strategy(**wanted["init_args"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -76,7 +131,7 @@ def test_the_tiny_delta_shrinks_every_recipe(capsys, recipe):
     assert config["checkpoint"]["overwrite"] is True
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *LAYERS])
+@pytest.mark.parametrize("name", [*RECIPES, *LAYERS, *ABLATIONS])
 def test_headers_give_the_command_and_no_file_nests_another(name):
     assert "python main.py fit --config" in (CONFIGS / name).read_text().partition("\n\n")[0]
     check_config_files([CONFIGS / name], [])
@@ -167,3 +222,67 @@ def test_the_tiny_denscore_keeps_the_method(capsys):
     assert tiny["scorer"]["init_args"]["init"] == "random"
     for key in full.keys() - {"scorer", "lr_scheduler"}:
         assert tiny[key] == full[key]
+
+
+def test_longsd_has_the_settings_of_the_paper(longsd):
+    trainer, model, data = (
+        longsd["trainer"],
+        longsd["model"]["init_args"],
+        longsd["data"]["init_args"],
+    )
+    expected = {"max_steps": 3750, "precision": "bf16-mixed", "accumulate_grad_batches": 1}
+    assert {key: trainer[key] for key in expected} == expected
+    # The module clips and accumulates itself, and would refuse this.
+    assert trainer["gradient_clip_val"] is None
+    assert model["max_grad_norm"] == 0.3
+    assert model["objective"] == {"scale": 0.5, "hinge": None}
+    assert model["lora"]["rank"] == 32
+    assert model["strategy"]["class_path"] == "segalign.truncation.drtune.LongAlign"
+    expected = {"num_inference_steps": 50, "guidance_scale": 7.5, "spacing": "official", "eta": 0.0}
+    assert {key: model["rollout_sampler"][key] for key in expected} == expected
+    reward = model["reward"]["init_args"]
+    expected = {"text": "segments", "omega": 0.3, "crop": 504, "resize": "bilinear"}
+    assert {key: reward[key] for key in expected} == expected
+    optimizer = model["optimizer"]["init_args"]
+    expected = {"lr": 3e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}
+    assert {key: optimizer[key] for key in expected} == expected
+    assert (data["content"], data["global_batch_size"]) == ("caption", 48)
+    # What is monitored is not what is trained on.
+    assert longsd["checkpoint"]["monitor"] == "val/held_out/pickscore"
+
+
+def test_longsd_reads_captions_as_stage_1_does(capsys, longsd):
+    one = parse(capsys, "longsd_align.yaml")["model"]["init_args"]
+    two = longsd["model"]["init_args"]
+    one["text"]["t5"]["train_adapter"] = False
+    assert two["text"] == one["text"]
+    assert two["lora"] == one["lora"]
+    assert two["base"] == one["base"]
+
+
+def test_the_lcm_layer_samples_and_trains_four_steps(capsys):
+    config = parse(capsys, "longsd.yaml", "longsd_lcm.yaml")
+    model = config["model"]["init_args"]
+    assert model["sampler"] == model["rollout_sampler"]
+    # Nothing of the scheduler in whose place it came.
+    assert DDIMSampler(**model["sampler"]) == DDIMSampler(
+        num_inference_steps=4, guidance_scale=1.0, spacing="trailing", eta=math.inf
+    )
+    assert model["strategy"]["init_args"]["num_train_steps"] == 4
+
+
+def test_the_tiny_longsd_keeps_the_method(capsys, longsd):
+    full = longsd
+    tiny = parse(capsys, "longsd.yaml", "debug/longsd_tiny.yaml")
+    assert tiny["trainer"]["precision"] == full["trainer"]["precision"]
+    assert tiny["checkpoint"]["monitor"] == full["checkpoint"]["monitor"]
+    ours, theirs = tiny["model"]["init_args"], full["model"]["init_args"]
+    small = {"base", "text", "lora", "reward", "held_out", "rollout_sampler", "sampler"}
+    for key in theirs.keys() - small:
+        assert ours[key] == theirs[key]
+    changed = {"model", "init", "crop"}
+    for part in ("reward", "base"):
+        one, other = (settings[part]["init_args"] for settings in (ours, theirs))
+        for key in one.keys() - changed - {"size", "loras"}:
+            assert one[key] == other[key]
+    assert {**ours["text"], "t5": None} == {**theirs["text"], "t5": None}

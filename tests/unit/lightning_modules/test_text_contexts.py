@@ -102,7 +102,7 @@ def test_lora_trains_over_a_base_of_any_precision_and_generates(dtype):
     made = stable_diffusion(dtype, LoraSettings(rank=2))
     latents = made.codec.encode(torch.rand(2, 3, 64, 64))
     text = made.generator.conditioner(CAPTIONS)
-    losses = made._losses(latents, text, [(0, 0, 0, 0), (0, 0, 0, 1)])
+    losses = made._losses(0, latents, text, [(0, 0, 0), (0, 0, 1)])
     assert losses.dtype == torch.float32
     losses.sum().backward()
     touched = {n for n, p in made.named_parameters() if p.grad is not None and p.grad.any()}

@@ -1,0 +1,61 @@
+"""Optimizer steps of a module that makes its gradient by several backward passes."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from segalign.errors import NonFiniteError
+from segalign.reward_tuning.gradients import clip_gradients
+
+
+def local_backward(strategy: Strategy) -> contextlib.AbstractContextManager[None]:
+    """Keep ranks from averaging at every backward pass of a block: they do it once, at the end."""
+    if not isinstance(strategy, ParallelStrategy):
+        return contextlib.nullcontext()
+    return cast("contextlib.AbstractContextManager[None]", strategy.block_backward_sync())
+
+
+def is_logging(module: pl.LightningModule) -> bool:
+    """Tell whether Lightning logs the step that is being made."""
+    every = int(module.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+    return every > 0 and (module.global_step + 1) % every == 0
+
+
+def the_optimizer(module: pl.LightningModule) -> LightningOptimizer:
+    """Return the one optimizer of a module."""
+    return cast("LightningOptimizer", module.optimizers())
+
+
+def step_optimizer(
+    module: pl.LightningModule, trained: Sequence[nn.Parameter], max_norm: float | None
+) -> Tensor:
+    """Clip the gradient, and step the optimizer and the learning rate.
+
+    Args:
+        module: The module, with one optimizer and at most one schedule.
+        trained: Its trained weights, their gradients averaged over ranks.
+        max_norm: Longest gradient; None leaves it as it is.
+
+    Returns:
+        The norm of the gradient before clipping, a scalar.
+
+    Raises:
+        NonFiniteError: On every rank, if it is not finite; no weight is changed.
+    """
+    norm = clip_gradients(trained, max_norm)
+    if not norm.isfinite():
+        raise NonFiniteError(
+            f"expected a finite gradient at step {module.global_step}; got NaN or infinity, with "
+            "losses that are finite; no weight was changed; lower the learning rate, or train in "
+            "float32"
+        )
+    the_optimizer(module).step()
+    if (schedule := module.lr_schedulers()) is not None:
+        cast("LRScheduler", schedule).step()
+    return norm

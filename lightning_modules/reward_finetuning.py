@@ -1,0 +1,296 @@
+"""Stage 2: reward fine-tuning of a text-to-image model through its own sampler."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_modules import manual_steps
+from lightning_modules.generator_module import GeneratorModule
+from lightning_modules.reward_checks import check_captions, check_data, check_trained, check_trainer
+from lightning_modules.reward_figures import gradient_figures, step_means
+from lightning_modules.step_speed import StepSpeed
+from segalign.diffusion.bundle import BundleSource
+from segalign.diffusion.clipped_sampler import ClippedSampler
+from segalign.diffusion.generator import TextToImage, evaluation_mode
+from segalign.diffusion.lora import LoraSettings
+from segalign.diffusion.made_images import MADE_IMAGES, MadeImages
+from segalign.diffusion.rollout import RolloutSettings
+from segalign.diffusion.sampler import DDIMSampler, EulerSampler
+from segalign.diffusion.scheduler_sampler import SchedulerSampler
+from segalign.diffusion.tiny_decoder import TinyDecoder
+from segalign.losses.denoising_objective import DenoisingObjective
+from segalign.reward_tuning.denoising import denoising_gradient
+from segalign.reward_tuning.gradients import average_gradients
+from segalign.reward_tuning.lora_norm import lora_norm
+from segalign.reward_tuning.settings import (
+    EngineName,
+    PenaltySettings,
+    RewardStepSettings,
+    StepMemory,
+)
+from segalign.reward_tuning.step import RewardStep, StepReport, ignore_step
+from segalign.rewards.direction_state import direction_state, load_direction_state
+from segalign.rewards.latent_loss import RewardObjective, Saturated
+from segalign.rewards.protocol import Reward, RewardSource
+from segalign.rewards.scoring import score_images
+from segalign.text.conditioning import TextConditioning
+from segalign.text.settings import TextEncoding
+from segalign.trainable import trainable_parameters
+from segalign.truncation.drtune import DRTune
+from segalign.truncation.plan import TruncationStrategy
+from segalign.truncation.step_norms import StepGradientNorms
+from segalign.types import CaptionBatch
+
+_DIRECTIONS = "common_directions"
+
+
+class RewardFineTuningModule(GeneratorModule):
+    """Tune a generator so that a reward likes what it samples, and only some steps are trained.
+
+    Needs captions alone. A training batch is one optimizer step, whatever is computed at a time.
+    Trained steps are a function of (seed, optimizer step), noise also of the sample id.
+
+    Args:
+        base: Where the model comes from.
+        reward: What is maximised.
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the learning-rate schedule; null keeps the rate constant.
+        text: How captions are encoded; text models stay frozen.
+        lora: Train low-rank adapters; null trains the whole network.
+        strategy: Which sampling steps are trained; null is DRTune with 5 of them.
+        rollout_sampler: How images are sampled for training.
+        sampler: How images are generated for evaluation.
+        objective: From rewards to losses: scale, hinge.
+        saturated: Gradient of pixels outside [0, 1]: ``zero``, or ``pass`` as if not clamped.
+        penalty: Keep trained outputs near those of the start; null does not.
+        diffusion_weight: Factor of the denoising loss on the data's images, which it alone needs
+            (``data.content: image``); 0 leaves them unread.
+        diffusion_loss: Settings of that loss.
+        max_grad_norm: Longest gradient; longer ones are scaled down. Null does not.
+        engine: ``auto`` replays trained steps wherever that is exact; ``graph`` records the run.
+        memory: What is computed at a time.
+        rollout: Merged adapters, cached text and compilation of the steps without gradient.
+        decoder: A small decoder to train through, whose gradient is biased; null is the model's.
+        held_out: Rewards by name that are only watched, never trained on.
+        seed: Seeds trained steps, noise and the denoising loss.
+        eval_seed: Seeds the noise of evaluation.
+    """
+
+    def __init__(
+        self,
+        base: BundleSource,
+        reward: RewardSource,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        text: TextEncoding = TextEncoding(),  # noqa: B008
+        lora: LoraSettings | None = None,
+        strategy: TruncationStrategy | None = None,
+        rollout_sampler: DDIMSampler | EulerSampler | SchedulerSampler | ClippedSampler = (
+            DDIMSampler(num_inference_steps=50)  # noqa: B008
+        ),
+        sampler: DDIMSampler | SchedulerSampler = DDIMSampler(),  # noqa: B008
+        objective: RewardObjective = RewardObjective(),  # noqa: B008
+        saturated: Saturated = "zero",
+        penalty: PenaltySettings | None = None,
+        diffusion_weight: NonNegativeFloat = 0.0,
+        diffusion_loss: DenoisingObjective = DenoisingObjective(),  # noqa: B008
+        max_grad_norm: PositiveFloat | None = 1.0,
+        engine: EngineName = "auto",
+        memory: StepMemory = StepMemory(),  # noqa: B008
+        rollout: RolloutSettings = RolloutSettings(),  # noqa: B008
+        decoder: TinyDecoder | None = None,
+        held_out: dict[str, RewardSource] | None = None,
+        seed: int = 0,
+        eval_seed: int = 1234,
+    ) -> None:
+        super().__init__(
+            base,
+            optimizer,
+            lr_scheduler,
+            text=text,
+            lora=lora,
+            train_text_model=False,
+            sampler=sampler,
+            eval_seed=eval_seed,
+        )
+        # Several backward passes make one gradient, so that this module steps its optimizer itself.
+        self.automatic_optimization = False
+        self.step_settings = RewardStepSettings(
+            strategy=strategy or DRTune(),
+            sampler=rollout_sampler,
+            objective=objective,
+            engine=engine,
+            memory=memory,
+            rollout=rollout,
+            saturated=saturated,
+        )
+        self.reward_source = reward
+        self.held_out_sources = held_out or {}
+        self.decoder_source = decoder
+        self.penalty = penalty
+        self.diffusion_weight = diffusion_weight
+        self.diffusion_loss = diffusion_loss
+        self.max_grad_norm = max_grad_norm
+        self.seed = seed
+        self.reference: TextToImage | None = None
+        self._report: StepReport | None = None
+
+    @override
+    def configure_objective(self) -> None:
+        check_trained(trainable_parameters(self))
+        self.reward: Reward = self.reward_source.load()
+        self.held_out: dict[str, Reward] = {
+            name: source.load() for name, source in self.held_out_sources.items()
+        }
+        # Registered, so that moves and modes reach their networks.
+        self.held_out_networks = nn.ModuleDict(
+            {name: one for name, one in self.held_out.items() if isinstance(one, nn.Module)}
+        )
+        self.decoder = None if self.decoder_source is None else self.decoder_source.load()
+        if self.penalty is not None and self.lora is None:
+            self.reference = self._frozen_copy()
+        self.reward_step = RewardStep(
+            self.generator,
+            self.reward,
+            self.step_settings,
+            seed=self.seed,
+            decode=None if self.decoder is None else self.decoder.decode,
+            penalty=self.penalty,
+            reference=self.reference,
+        )
+
+    def _frozen_copy(self) -> TextToImage:
+        """Copy the network as it is at the start, out of the reach of checkpoints."""
+        generator = copy.copy(self.generator)
+        self.reference_unet = copy.deepcopy(self.unet).requires_grad_(False)
+        generator.unet = self.reference_unet
+        return generator
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """Switch modes; in training, a moving average of the common direction learns."""
+        super().train(mode)
+        if isinstance(reward := getattr(self, "reward", None), nn.Module):
+            reward.train(mode)
+        return self
+
+    @override
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse settings of the trainer that this module cannot follow, before Lightning does."""
+        check_trainer(self.trainer)
+        return []
+
+    @override
+    def on_fit_start(self) -> None:
+        check_data(self.trainer, self.reward, wants_images=self.diffusion_weight > 0)
+        self.speed = StepSpeed.of(self)
+
+    @override
+    def training_step(self, batch: CaptionBatch, batch_idx: int) -> None:
+        check_captions(batch)
+        self.speed.start()
+        manual_steps.the_optimizer(self).zero_grad()
+        trained = list(trainable_parameters(self).values())
+        with manual_steps.local_backward(self.trainer.strategy):
+            denoising = self._denoising_losses(batch)
+            norms = StepGradientNorms(trained) if manual_steps.is_logging(self) else None
+            report = self.reward_step.run(
+                batch,
+                self._read(batch),
+                self.global_step,
+                backward=self._backward,
+                # Always given, so that what is logged does not change what is computed at a time.
+                after_step=norms or ignore_step,
+                compare_decoders=norms is not None,
+            )
+        average_gradients(trained)
+        self._report = report
+        self.reduce_losses(len(report.losses) * report.losses + denoising, batch)
+        self.finish_reduction()
+        norm = manual_steps.step_optimizer(self, trained, self.max_grad_norm)
+        if norms is not None:
+            extra = {"denoising_loss": denoising.mean()} if self.diffusion_weight else {}
+            self._log_step(report, batch, {**gradient_figures(report, norm, norms), **extra})
+
+    def _read(self, batch: CaptionBatch) -> TextConditioning:
+        with torch.no_grad():
+            text = self.generator.conditioner(batch["captions"])
+        self.report_text(text.report, batch)
+        return text
+
+    def _backward(self, loss: Tensor, _is_last: bool) -> None:
+        self.manual_backward(loss)
+
+    def _denoising_losses(self, batch: CaptionBatch) -> Tensor:
+        """Add the gradient of the denoising loss on the data's images; return it, ``(B,)``."""
+        if not self.diffusion_weight:
+            return torch.zeros(len(batch["valid"]), device=self.device)
+        return denoising_gradient(
+            self.generator,
+            self.diffusion_loss,
+            batch,
+            self.global_step,
+            weight=self.diffusion_weight,
+            batch_size=self.step_settings.memory.rollout_batch_size,
+            backward=self._backward,
+        )
+
+    @override
+    def what_failed(self) -> str:
+        found = None if self._report is None else self._report.non_finite()
+        return "" if found is None else f" (the reward: {found})"
+
+    def _log_step(
+        self, report: StepReport, batch: CaptionBatch, figures: Mapping[str, Tensor | float]
+    ) -> None:
+        """Log a step; every rank comes here at the same ones."""
+        moved = lora_norm(self.unet)
+        figures = {
+            **step_means(report, batch["valid"], self.trainer.strategy),
+            **figures,
+            **self.speed.figures(report),
+            **({} if moved is None else {"lora_norm": moved}),
+        }
+        for name, value in figures.items():
+            shown = name in ("loss", "reward_mean")
+            self.log(f"train/{name}", value, prog_bar=shown, batch_size=len(batch["valid"]))
+
+    @override
+    def validation_step(self, batch: CaptionBatch, batch_idx: int) -> dict[str, MadeImages]:
+        """Generate images, and score them by the reward and by those that are held out."""
+        images = self.predict_step(batch, batch_idx)
+        valid = batch["valid"]
+        for name, values in self.score_images(images, batch["captions"]).items():
+            mean = values[valid].mean() if valid.any() else values.new_zeros(())
+            self.log(f"val/{name}", mean, batch_size=int(valid.sum()), sync_dist=True)
+        return {MADE_IMAGES: MadeImages(images, self.eval_seed, self.best_weights)}
+
+    def score_images(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Score images by the reward and by those that are held out; nothing is learnt.
+
+        Args:
+            images: Float in [0, 1], ``(B, 3, H, W)``.
+            captions: ``B`` captions.
+
+        Returns:
+            ``(B,)`` each: ``reward``, ``held_out/NAME``, and ``reward/PART`` of both.
+        """
+        held_out = {f"held_out/{name}": reward for name, reward in self.held_out.items()}
+        with evaluation_mode(self):
+            return score_images({"reward": self.reward} | held_out, images, captions)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_DIRECTIONS] = direction_state(self.reward)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        load_direction_state(self.reward, checkpoint.get(_DIRECTIONS, {}))
