@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -17,6 +16,7 @@ from omegaconf.errors import InterpolationKeyError
 from typing_extensions import override
 
 from lightning_modules.checkpoint_choice import find_checkpoint
+from lightning_modules.class_paths import permitted_classes
 from lightning_modules.config_checks import check_config_files, explain_interpolation
 from lightning_modules.known_noise import without_known_noise
 from lightning_modules.resume_checks import check_training, warn_of_other_weights
@@ -25,20 +25,6 @@ from segalign.atomic import make_directory
 from segalign.errors import ConfigError
 from segalign.run_directory import stored_step
 
-# Packages whose classes a config may name. A config is data, and must not reach `os` or `pickle`.
-ALLOWED_IMPORTS = (
-    "callbacks",
-    "datamodules",
-    "diffusers",
-    "lightning",
-    "lightning_modules",
-    "open_clip",
-    "peft",
-    "segalign",
-    "torch",
-    "torchmetrics",
-    "transformers",
-)
 _PEEKING: dict[str, Any] = {"add_help": False, "allow_abbrev": False, "exit_on_error": False}
 _STAGES = ("fit", "validate", "test", "predict")
 
@@ -239,19 +225,9 @@ def run(argv: Sequence[str], parts: RunParts) -> SegalignCLI:
         parts: See ``RunParts``.
     """
     known, rest = _peek(argv)
-    extra = [name for name in known.allow_import if name not in ALLOWED_IMPORTS]
-    set_parsing_settings(
-        omegaconf_absolute_to_relative_paths=True,
-        import_path_denylist=["*"],
-        import_path_allowlist=[*ALLOWED_IMPORTS, *extra],
-    )
-    try:
-        with without_known_noise():
-            sources = [Path(source) for source in known.config]
-            return SegalignCLI(parts, rest, command=argv, sources=sources)
-    finally:
-        if extra:
-            set_parsing_settings(import_path_denylist=extra)
+    with permitted_classes(known.allow_import), without_known_noise():
+        sources = [Path(source) for source in known.config]
+        return SegalignCLI(parts, rest, command=argv, sources=sources)
 
 
 def _peek(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

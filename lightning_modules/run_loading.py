@@ -6,11 +6,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
-from lightning_modules.cli import ALLOWED_IMPORTS
+from lightning_modules.class_paths import permitted_classes
 from lightning_modules.generator_module import GeneratorModule
 from lightning_modules.known_noise import without_known_noise
 from lightning_modules.short_usage_parser import ShortUsageParser
@@ -65,21 +64,13 @@ def build_module(settings: Mapping[str, Any], allow_import: Sequence[str] = ()) 
     Raises:
         ConfigError: If a setting does not fit, or a class of another package is named.
     """
-    extra = [name for name in allow_import if name not in ALLOWED_IMPORTS]
-    set_parsing_settings(
-        omegaconf_absolute_to_relative_paths=True,
-        import_path_denylist=["*"],
-        import_path_allowlist=[*ALLOWED_IMPORTS, *extra],
-    )
-    parser: LightningArgumentParser = ShortUsageParser(prog="main.py fit")
-    parser.add_lightning_class_args(pl.LightningModule, "model", subclass_mode=True, required=True)
-    try:
-        with without_known_noise():
-            parsed = parser.parse_object({"model": dict(settings)})
-            return parser.instantiate_classes(parsed).model
-    finally:
-        if extra:
-            set_parsing_settings(import_path_denylist=extra)
+    with permitted_classes(allow_import), without_known_noise():
+        parser: LightningArgumentParser = ShortUsageParser(prog="main.py fit")
+        parser.add_lightning_class_args(
+            pl.LightningModule, "model", subclass_mode=True, required=True
+        )
+        parsed = parser.parse_object({"model": dict(settings)})
+        return parser.instantiate_classes(parsed).model
 
 
 def _read_config(checkpoint: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Dims: B batch, T inference steps, c/h/w latents.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -142,7 +143,10 @@ class EulerSampler(LinearSampler):
         guidance_rescale: Share in [0, 1] of the guided output that is scaled back to the deviation
             of the conditional one.
         spacing: As for DDIM. diffusers' ``linspace`` has fractional timesteps; here they are whole.
+        method: Always ``euler``: what tells a config's settings from those of DDIM.
     """
+
+    method: Literal["euler"] = "euler"
 
     def initial_scale(self, schedule: NoiseSchedule) -> float:
         """Return the standard deviation of the first latents, 1 for ``leading``."""

@@ -20,7 +20,9 @@ EngineName = Literal["auto", "replay", "graph"]
 
 @dataclass(frozen=True, kw_only=True)
 class PenaltySettings:
-    """Keep the trained outputs near those of the model that the run started from.
+    """Keep the trained outputs near those of a reference.
+
+    Over adapters it is the network without them, else the network that the run started from.
 
     Args:
         kind: ``l2``, the mean squared difference; or ``kl``, the divergence of the sampler's
@@ -83,7 +85,11 @@ def choose_engine(
     """
     can_replay = plan.replayable and is_linear
     if name == "replay" and not can_replay:
-        cause = "attaches inputs" if not plan.replayable else "comes with a sampler that clips"
+        cause = (
+            "comes with a sampler that clips, or guidance that is rescaled"
+            if plan.replayable
+            else "attaches inputs"
+        )
         raise ConfigError(
             f"expected a strategy that `engine: replay` can serve; got one that {cause}; set "
             "`engine` to `graph`, or leave it out"
@@ -142,8 +148,8 @@ class RewardStepSettings:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the sampler is linear in the network's outputs."""
-        return not isinstance(self.sampler, ClippedSampler)
+        """Whether the images are linear in the network's outputs, guidance included."""
+        return not (isinstance(self.sampler, ClippedSampler) or self.sampler.guidance.rescale)
 
 
 def check_penalty(penalty: PenaltySettings | None, settings: RewardStepSettings) -> None:

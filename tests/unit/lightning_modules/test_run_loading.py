@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_run import SCENES, STABLE_DIFFUSION, model_settings, write_run
 
-from lightning_modules.run_loading import load_module
+from lightning_modules.run_loading import build_module, load_module
 from segalign.errors import ConfigError, DataError
 from segalign.run_format import load_checkpoint, read_tensors, save_checkpoint
 from segalign.trainable import trainable_parameters
@@ -96,3 +96,20 @@ def test_checkpoints_that_cannot_be_used(run, tmp_path):
     (damaged / "state.json").write_text(json.dumps({**state, "global_step": 4}))
     with pytest.raises(DataError, match=r"`state\.json` has "):
         load_module(damaged)
+
+
+@pytest.mark.parametrize("kind", ["sampler.EulerSampler", "clipped_sampler.ClippedSampler"])
+def test_samplers_with_settings_of_another_stay_what_they_are(kind):
+    # The parser forgets the class path; DDIM, which comes first in the type, takes most settings.
+    sampler = {"class_path": f"segalign.diffusion.{kind}", "init_args": {"num_inference_steps": 6}}
+    settings = {
+        "class_path": "lightning_modules.reward_finetuning.RewardFineTuningModule",
+        "init_args": {
+            "base": SCENES,
+            "optimizer": {"class_path": "torch.optim.AdamW"},
+            "reward": {"class_path": "segalign.scenes.rewards.ScenesReward"},
+            "rollout_sampler": sampler,
+        },
+    }
+    module = build_module(settings)
+    assert type(module.step_settings.sampler).__name__ == kind.partition(".")[2]
