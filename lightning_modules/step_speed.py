@@ -19,19 +19,17 @@ if TYPE_CHECKING:
 class StepSpeed:
     """Times steps, and knows what they cost.
 
-    FLOPs are those that any implementation needs: recomputation is not counted, adapters in the
-    rollout are, if they are not merged. Of rewards the image towers of CLIP models are counted.
+    FLOPs are those that no implementation can leave out: neither recomputation nor unmerged
+    adapters in the rollout are counted. Of rewards the image towers of CLIP models are.
 
     Attributes:
         module: The module whose steps are timed.
         cost: Its pieces.
-        merged: Whether rollouts run with merged adapters.
         peak: FLOPs per second of the device at most; None where that is not known.
     """
 
     module: "RewardFineTuningModule"
     cost: StepCost
-    merged: bool
     peak: float | None
     _started: float = 0.0
 
@@ -53,7 +51,6 @@ class StepSpeed:
         return cls(
             module=module,
             cost=cost,
-            merged=module.reward_step.rollout.merges,
             peak=get_available_flops(module.device, dtype),
         )
 
@@ -88,6 +85,6 @@ class StepSpeed:
             step.settings.sampler.guidance,
             report.timesteps,
             step.generator.schedule.num_timesteps,
-            merged=self.merged,
+            merged=True,
             penalty=step.penalty is not None,
         )

@@ -67,12 +67,6 @@ class MergedLora:
         self._stand_ins: dict[LoraLayer, nn.Module] = {}
         self._filled: list[LoraLayer] = []
 
-    @property
-    def merges(self) -> bool:
-        """Whether there are layers with adapters, and all of them are stood in for."""
-        layers = [layer for layer in self._network.modules() if isinstance(layer, LoraLayer)]
-        return bool(layers) and all(self._is_wanted(layer) for layer in layers)
-
     def fill(self) -> Places:
         """Merge the adapters as they are now; return where the results belong."""
         places: Places = {}

@@ -197,8 +197,10 @@ def draw_weights(module: nn.Module, name: str, *, seed: int) -> None:
         if parameter.dim() < 2:
             parameter.fill_(float(path.endswith("weight")))
             continue
-        # Drawn on the CPU, so that the weights do not depend on the device; NumPy is the quickest.
-        drawn = parameter if parameter.is_cpu else torch.empty(parameter.shape)
+        # Drawn on the CPU in float32, so that the weights depend neither on the device nor on the
+        # default precision; NumPy is the quickest.
+        is_drawn_in = parameter.is_cpu and parameter.dtype == torch.float32
+        drawn = parameter if is_drawn_in else torch.empty(parameter.shape, dtype=torch.float32)
         generator = np.random.default_rng(counter_seed(f"weights {name}.{path}", seed))
         generator.random(out=drawn.numpy(), dtype=np.float32)
         bound = 1 / math.sqrt(parameter[0].numel())

@@ -79,11 +79,6 @@ class Rollout:
         self._cache = TextCache(generator.unet) if settings.cache_text else None
         self._is_open = False
 
-    @property
-    def merges(self) -> bool:
-        """Whether adapters are merged for rollouts, where there are any."""
-        return self._lora.merges
-
     @contextlib.contextmanager
     def denoiser(
         self, positive: TextConditioning, negative: TextConditioning | None, guidance: Guidance

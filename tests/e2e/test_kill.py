@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from segalign.run_directory import list_checkpoints, newest_checkpoint
+from segalign.run_directory import list_checkpoints, newest_checkpoint, read_best
 from segalign.run_format import load_checkpoint
 
 pytestmark = pytest.mark.e2e
@@ -194,3 +194,40 @@ def test_stage_one_resumes_bit_identically_after_a_kill(server, tmp_path):
     for name in ("model", "ema", "optimizer"):
         one, other = (newest_checkpoint(run) / f"{name}.safetensors" for run in (straight, broken))
         assert one.read_bytes() == other.read_bytes(), name
+
+
+def stage_two(run_dir: Path, *callbacks: dict) -> list[str]:
+    """Compose a fit of the flagship's reward recipe, tiny."""
+    configs = Path(__file__).parents[2] / "configs"
+    scenes = {"world": "2x2", "num_train": 12, "num_val": 4, "root": str(run_dir.parent / "scenes")}
+    return [
+        "fit", f"--config={configs / 'longsd.yaml'}",
+        f"--config={configs / 'debug' / 'longsd_tiny.yaml'}",
+        "--allow_import=toy_house", "--ckpt_path=auto", f"--run_dir={run_dir}",
+        f"--data.init_args.scenes={json.dumps(scenes)}", "--trainer.max_steps=4",
+        f"--trainer.callbacks={json.dumps(callbacks)}", "--data.init_args.global_batch_size=2",
+        "--data.init_args.val_batch_size=2",
+        "--checkpoint.every_n_steps=2", "--checkpoint.overwrite=false",
+    ]  # fmt: skip
+
+
+def test_stage_two_resumes_bit_identically_after_a_kill(server, tmp_path):
+    # The moving average of the common direction, the best checkpoint and the trained steps go on.
+    log = tmp_path / "log.txt"
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    server.start(stage_two(straight), log)
+    assert server.wait() == 0, log.read_text()
+    kill = {"class_path": "toy_house.Kill", "init_args": {"at_step": 3}}
+    server.start(stage_two(broken, kill), log)
+    assert server.wait() == -signal.SIGKILL
+    assert newest_checkpoint(broken).name == "step-00000002"
+    server.start(stage_two(broken), log)
+    assert server.wait() == 0, log.read_text()
+    assert len(logged(straight, "train/loss")) == 4
+    names = ("train/loss", "train/reward/common_share", "train/offset", "train/grad_norm")
+    for name in (*names, "val/held_out/pickscore", "val/reward"):
+        assert logged(broken, name) == logged(straight, name), name
+    for name in ("model", "optimizer", "extra"):
+        one, other = (newest_checkpoint(run) / f"{name}.safetensors" for run in (straight, broken))
+        assert one.read_bytes() == other.read_bytes(), name
+    assert read_best(broken) == read_best(straight)

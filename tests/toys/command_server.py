@@ -19,7 +19,9 @@ def serve() -> None:
 
     import main
     from callbacks import checkpoint, progress, run_config, run_loggers, step_rng  # noqa: F401
-    from lightning_modules import cli  # noqa: F401
+    from datamodules import long_caption  # noqa: F401
+    from lightning_modules import cli, long_text_diffusion, reward_finetuning  # noqa: F401
+    from segalign.rewards import zoo  # noqa: F401
 
     for line in sys.stdin:
         arguments, log = json.loads(line)

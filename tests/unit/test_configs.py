@@ -18,7 +18,7 @@ from segalign.diffusion.sampler import DDIMSampler
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 # Recipes run alone. Fragments and deltas are parsed over the recipe named beside them; ablations
-# over both recipes of reward fine-tuning: here over longsd.yaml, end to end over scenes/reward.yaml.
+# over both reward recipes: here over longsd.yaml, end to end over scenes/reward.yaml.
 RECIPES = (
     "denscore.yaml",
     "longsd.yaml",
@@ -129,6 +129,13 @@ def test_the_tiny_delta_shrinks_every_recipe(capsys, recipe):
     assert config["trainer"]["max_steps"] == 2
     assert config["run_dir"] == "runs/debug/tiny"
     assert config["checkpoint"]["overwrite"] is True
+
+
+@pytest.mark.parametrize("name", ["debug/overfit.yaml", "debug/profile.yaml"])
+def test_layers_without_validation_monitor_none(capsys, name):
+    config = parse(capsys, "longsd.yaml", name)
+    assert config["trainer"]["limit_val_batches"] == 0
+    assert config["checkpoint"]["monitor"] is None
 
 
 @pytest.mark.parametrize("name", [*RECIPES, *LAYERS, *ABLATIONS])
