@@ -393,7 +393,11 @@ def measure(models: Models, options: argparse.Namespace) -> dict[str, Any]:
     found["gradients"] = compare_gradients(models)
     both = {"official": OFFICIAL, "official, no dropout": EXACT, "ours": ours(setting)}
     times = take_turns(models, both, options.repeats)
-    removals = {"official": OFFICIAL} | {name: make(setting) for name, make in REMOVALS.items()}
+    made = {name: make(setting) for name, make in REMOVALS.items()}
+    if models.generator.unet.dtype == torch.bfloat16:
+        # Nothing is merged into weights of low precision.
+        made = {name: variant for name, variant in made.items() if not variant.merged}
+    removals = {"official": OFFICIAL} | made
     found["removals"] = take_turns(models, removals, options.removal_repeats)
     found |= {"seconds": times, "load_average_after": os.getloadavg(), **measure_cost(models)}
     medians = {name: statistics.median(values) for name, values in times.items()}

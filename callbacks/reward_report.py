@@ -2,8 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,30 +15,18 @@ from typing_extensions import override
 
 from callbacks.before_after import is_written, show_written_report, write_report
 from callbacks.best_checkpoint import stored_weights
-from callbacks.caption_rows import (
-    CaptionRow,
-    gather_objects,
-    have_facts,
-    own_places,
-    read_first_captions,
-)
+from callbacks.caption_rows import CaptionRow, gather_objects, own_places, read_first_captions
+from callbacks.report_figures import Figures, RankFigures, change_table
+from callbacks.stored_images import as_stored, read_image, write_image
+from segalign.atomic import make_directory
 from segalign.data.progress import show_progress
 from segalign.diffusion.generator import ImageGenerator, Weights
 from segalign.errors import ConfigError
-from segalign.metrics.report_table import ReportTable
 from segalign.pictures import Panel
 from segalign.run_directory import best_checkpoint, checkpoint_step, read_best
-from segalign.scenes.evaluation import SceneScore
-from segalign.scenes.world import get_world
-from segalign.text.tokenizer import clip_tokenizer
 
-# Names of the oracle's accuracies, and what the table calls them.
-FACTS = {
-    "attributes": "facts shown: attributes",
-    "attributes/within_77": "facts shown: attributes within 77 tokens",
-    "attributes/past_77": "facts shown: attributes past token 77",
-    "objects": "facts shown: objects",
-}
+# From places of rows to their images, ``(B, 3, H, W)``; all ranks ask for equally many.
+_Images = Callable[[Sequence[int]], Tensor]
 _logger = logging.getLogger(__name__)
 
 
@@ -47,12 +34,21 @@ _logger = logging.getLogger(__name__)
 class ImageScorer(ImageGenerator, Protocol):
     """An image generator that scores images by the rewards that it is trained or watched by."""
 
-    def score_images(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+    @property
+    def best_weights(self) -> Weights:
+        """The weights that the module is judged by: averaged ones where the run keeps them."""
+        ...
+
+    def score_images(
+        self, images: Tensor, captions: Sequence[str], valid: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Score images.
 
         Args:
-            images: Float in [0, 1], ``(B, 3, H, W)``.
+            images: Float in [0, 1], ``(B, 3, H, W)``; rewards of images that are not finite are
+                NaN.
             captions: ``B`` captions.
+            valid: Which rows are no padding, bool ``(B,)``; None is all.
 
         Returns:
             Rewards ``(B,)`` by name: ``reward``, its parts as ``reward/NAME``, and rewards that
@@ -61,33 +57,24 @@ class ImageScorer(ImageGenerator, Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class Figures:
-    """What one set of weights scores.
-
-    Attributes:
-        values: Means over the captions, by the table's names, in its order.
-        pictures: Of the first captions, uint8 ``(P, 3, H, W)``.
-    """
-
-    values: dict[str, float]
-    pictures: Tensor
-
-
 class RewardReport(Callback):
-    """Score the model on validation captions before and after training, and print both.
+    """Score what the model makes of validation captions before and after training, and print both.
 
     Images of the first validation captions are scored by ``pl_module.score_images``; where the
     captions state facts of scenes, the oracle says too how many are shown. If the run keeps a best
     checkpoint (``checkpoint.monitor``), that is scored as well. The table is ``report.md`` in the
     run directory, the picture ``report.png``. The ranks share the captions.
 
+    Rewards may learn in training. So images of the start wait in ``report/before`` of the run
+    directory, and all are scored at the end, by the same rewards, rounded to 8 bits as files are.
+
     Args:
         num_captions: Validation captions that are scored.
         num_pictures: Prompts in the picture.
         batch_size: Images made at once, on each rank.
         eval_seed: Seed of the images' noise.
-        weights: Weights that are scored after training.
+        weights: Weights that are scored after training; null takes those that validation does, the
+            averaged ones where the run keeps them.
     """
 
     def __init__(
@@ -96,7 +83,7 @@ class RewardReport(Callback):
         num_pictures: PositiveInt = 6,
         batch_size: PositiveInt = 16,
         eval_seed: int = 1234,
-        weights: Weights = "raw",
+        weights: Weights | None = None,
     ) -> None:
         super().__init__()
         self.num_captions = num_captions
@@ -110,95 +97,145 @@ class RewardReport(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Score the start, unless a checkpoint has brought its figures."""
-        if not self.figures and not getattr(trainer, "fast_dev_run", False):
-            model = _as_scorer(pl_module)
-            if trainer.global_step and trainer.is_global_zero:
-                _logger.warning("the report's `before` is of step %d, not 0", trainer.global_step)
-            self._rows = read_first_captions(trainer, self.num_captions)
-            self.figures["before"] = self._score(trainer, model, "before training", "raw")
+        """Draw the start, unless a checkpoint says that it has been drawn."""
+        if self._rows or getattr(trainer, "fast_dev_run", False):
+            return
+        model = _as_scorer(pl_module)
+        if trainer.global_step and trainer.is_global_zero:
+            _logger.warning("the report's `before` is of step %d, not 0", trainer.global_step)
+        rows = read_first_captions(trainer, self.num_captions)
+        self._draw_before(trainer, model, rows)
+        self._rows = rows
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Score the trained model, and the best checkpoint."""
-        if self.figures:
-            self._score_end(trainer, pl_module)
+        """Score the start, the trained model, and the best checkpoint."""
+        if self._rows:
+            self._score_all(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report; a run that was finished before repeats it, or makes it up."""
         run_dir = Path(trainer.default_root_dir)
         written = trainer.strategy.broadcast(is_written(run_dir))
-        if self.figures and "after" not in self.figures and not written:
+        if self._rows and "after" not in self.figures and not written:
             # The trainer has put the module away by now.
             pl_module.to(trainer.strategy.root_device)
-            self._score_end(trainer, pl_module)
+            self._score_all(trainer, pl_module)
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         if "after" in self.figures:
-            write_report(run_dir, self._table(), self._panels(), facts=self._facts(run_dir))
+            table = change_table(self._columns())
+            write_report(run_dir, table, self._panels(), facts=self._facts(pl_module, run_dir))
         elif written:
             show_written_report(run_dir)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        before = {name: asdict(at) for name, at in self.figures.items() if name == "before"}
-        return {"rows": self._rows, "figures": before}
+        """Say that the start has been drawn, and of which captions."""
+        return {"rows": self._rows}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rows = state_dict["rows"]
-        self.figures = {name: Figures(**at) for name, at in state_dict["figures"].items()}
+
+    # Images
+
+    def _draw_before(
+        self, trainer: pl.Trainer, model: ImageScorer, rows: Sequence[CaptionRow]
+    ) -> None:
+        """Store images of the start; each rank its own."""
+        folder = _before_folder(trainer)
+        make_directory(folder)
+        draw = self._generated(model, rows, "raw")
+        for batch in self._batches(trainer, len(rows), "drawing the start"):
+            for place, image in zip(batch, draw(batch), strict=True):
+                if place < len(rows):
+                    write_image(_image_path(folder, place), image)
+
+    def _generated(
+        self, model: ImageScorer, rows: Sequence[CaptionRow], weights: Weights
+    ) -> _Images:
+        def generate(places: Sequence[int]) -> Tensor:
+            own = [rows[min(place, len(rows) - 1)] for place in places]
+            captions, ids = [row["caption"] for row in own], [row["sample_id"] for row in own]
+            return as_stored(model.generate(captions, ids, self.eval_seed, weights))
+
+        return generate
+
+    def _stored(self, trainer: pl.Trainer, device: torch.device) -> _Images | None:
+        """Read the images of the start; None on every rank, and a warning, if one is missing."""
+        folder, last = _before_folder(trainer), len(self._rows) - 1
+        own = [place for place in own_places(trainer, last + 1) if place <= last]
+        # What others own is there once they have come here.
+        missing = sum(gather_objects(sum(not _image_path(folder, one).is_file() for one in own)))
+        if missing:
+            if trainer.is_global_zero:
+                _logger.warning(
+                    "the report has no `before`: %d of %d images in `%s` are missing",
+                    *(missing, last + 1, folder),
+                )
+            return None
+
+        def read(places: Sequence[int]) -> Tensor:
+            paths = [_image_path(folder, min(place, last)) for place in places]
+            return torch.stack([read_image(path) for path in paths]).to(device)
+
+        return read
 
     # Scoring
 
-    def _score_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Score the last weights and those of the best checkpoint, which may be the same."""
+    def _score_all(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Score the start, the last weights and those of the best checkpoint, perhaps the last."""
         model = _as_scorer(pl_module)
-        self.figures["after"] = self._score(trainer, model, "after training", self.weights)
+        weights = self.weights or model.best_weights
+        if (before := self._stored(trainer, pl_module.device)) is not None:
+            self.figures["before"] = self._score(trainer, model, "the start", before)
+        after = self._generated(model, self._rows, weights)
+        self.figures["after"] = self._score(trainer, model, "the trained model", after)
         own = best_checkpoint(Path(trainer.default_root_dir)) if trainer.is_global_zero else None
         best: Path | None = trainer.strategy.broadcast(own)
-        if best is None:
-            return
-        self.best_step = checkpoint_step(best)
-        if self.best_step == trainer.global_step:
+        if best is not None:
+            self.best_step = checkpoint_step(best)
             self.figures["best"] = self.figures["after"]
-            return
-        with stored_weights(pl_module, best, self.weights):
-            title = f"the best checkpoint, {best.name}"
-            self.figures["best"] = self._score(trainer, model, title, "raw")
+            if self.best_step != trainer.global_step:
+                of_best = self._generated(model, self._rows, "raw")
+                with stored_weights(pl_module, best, weights):
+                    title = f"the best checkpoint, {best.name}"
+                    self.figures["best"] = self._score(trainer, model, title, of_best)
+        if trainer.is_global_zero and (found := self._non_finite()):
+            _logger.warning("images of the report are not finite: %s", found)
 
     def _score(
-        self, trainer: pl.Trainer, model: ImageScorer, what: str, weights: Weights
+        self, trainer: pl.Trainer, model: ImageScorer, what: str, images_of: _Images
     ) -> Figures:
-        """Score one set of weights; every rank makes equally many images."""
-        places = own_places(trainer, len(self._rows))
-        part = _Part(_scene_score(self._rows))
-        progress = show_progress(f"scoring {what}", len(places)) if trainer.is_global_zero else None
+        """Score one set of images; every rank scores equally many."""
+        part = RankFigures(self._rows, self.num_pictures)
+        for batch in self._batches(trainer, len(self._rows), f"scoring {what}"):
+            images = images_of(batch)
+            captions = [self._rows[min(place, len(self._rows) - 1)]["caption"] for place in batch]
+            is_own = torch.tensor([place < len(self._rows) for place in batch])
+            rewards = model.score_images(images, captions, is_own.to(images.device))
+            part.add(batch, images, rewards)
+        return part.join()
+
+    def _batches(self, trainer: pl.Trainer, count: int, what: str) -> Iterator[range]:
+        """Cut this rank's places into batches, without gradient, and show how far it is."""
+        places = own_places(trainer, count)
+        progress = show_progress(what, len(places)) if trainer.is_global_zero else None
         with progress or contextlib.nullcontext(_ignore) as advance, torch.no_grad():
             for start in range(0, len(places), self.batch_size):
                 batch = places[start : start + self.batch_size]
-                rows = [self._rows[min(place, len(self._rows) - 1)] for place in batch]
-                captions, ids = [r["caption"] for r in rows], [r["sample_id"] for r in rows]
-                images = model.generate(captions, ids, self.eval_seed, weights)
-                rewards = model.score_images(images, captions)
-                num_own = sum(place < len(self._rows) for place in batch)
-                part.add(batch[:num_own], rows, images, rewards, self.num_pictures)
+                yield batch
                 advance(len(batch))
-        return _join(gather_objects(part.to_plain()), part.facts)
 
     # Writing
 
-    def _table(self) -> ReportTable:
-        columns = [name for name in ("before", "after", "best") if name in self.figures]
-        headings = ["best " + f"(step {self.best_step})" if c == "best" else c for c in columns]
-        rows = []
-        for name, before in self.figures["before"].values.items():
-            values = [self.figures[c].values.get(name, float("nan")) for c in columns]
-            change = f"{values[-1] - before:+.4f}"
-            rows.append([name, *(f"{value:.4f}" for value in values), change])
-        change_of = f"change ({columns[-1]} - before)"
-        return ReportTable("Rewards before and after", ["measure", *headings, change_of], rows)
+    def _columns(self) -> dict[str, Figures | None]:
+        columns = {"before": self.figures.get("before"), "after": self.figures["after"]}
+        if "best" in self.figures:
+            columns[f"best (step {self.best_step})"] = self.figures["best"]
+        return columns
 
     def _panels(self) -> list[Panel]:
         columns = [name for name in ("before", "after", "best") if name in self.figures]
@@ -209,69 +246,32 @@ class RewardReport(Callback):
             for row, caption in zip(pictures, captions, strict=False)
         ]
 
-    def _facts(self, run_dir: Path) -> str:
+    def _facts(self, pl_module: pl.LightningModule, run_dir: Path) -> str:
         """Say what was measured, and what the best checkpoint is the best by."""
+        weights = self.weights or _as_scorer(pl_module).best_weights
         text = (
             f"Means over images of the first {len(self._rows)} validation captions; noise of seed "
-            f"{self.eval_seed}; {'averaged' if self.weights == 'ema' else 'raw'} weights."
+            f"{self.eval_seed}; {'averaged' if weights == 'ema' else 'raw'} weights."
         )
+        if found := self._non_finite():
+            text = f"{text} Means of rewards leave out images that are not finite: {found}."
         record = read_best(run_dir)
         if "best" not in self.figures or record is None:
             return text
         return f"{text} The best checkpoint has the {record.mode}imum of `{record.monitor}`."
 
-
-class _Part:
-    """What one rank has scored, by the rows' places."""
-
-    def __init__(self, facts: SceneScore | None) -> None:
-        self.facts = facts
-        self.rewards: dict[int, dict[str, float]] = {}
-        self.pictures: dict[int, Tensor] = {}
-
-    def add(
-        self,
-        places: Sequence[int],
-        rows: Sequence[CaptionRow],
-        images: Tensor,
-        rewards: dict[str, Tensor],
-        num_pictures: int,
-    ) -> None:
-        """Add the first ``len(places)`` rows of a batch; the others are padding."""
-        host = {name: values.tolist() for name, values in rewards.items()}
-        for index, place in enumerate(places):
-            self.rewards[place] = {name: values[index] for name, values in host.items()}
-            if place < num_pictures:
-                picture = images[index].nan_to_num().clamp(0, 1)
-                self.pictures[place] = picture.mul(255).round().byte().cpu()
-        if self.facts is not None and places:
-            used = rows[: len(places)]
-            captions = [row["caption"] for row in used]
-            self.facts.update(images[: len(used)], captions, [row["metadata"] for row in used])
-
-    def to_plain(self) -> tuple[dict[int, dict[str, float]], dict[int, Tensor], Tensor | None]:
-        """Return what the other ranks need."""
-        counts = None if self.facts is None else self.facts.to_tensor()
-        return self.rewards, self.pictures, counts
+    def _non_finite(self) -> str:
+        """Count images that are not finite, by moment; nothing if all are."""
+        found = {name: figures.num_non_finite for name, figures in self.figures.items()}
+        return ", ".join(f"{count} of `{name}`" for name, count in found.items() if count)
 
 
-def _join(parts: Sequence[Any], facts: SceneScore | None) -> Figures:
-    """Put the parts of all ranks together; means do not depend on how rows were shared out."""
-    rewards = {place: row for part in parts for place, row in part[0].items()}
-    pictures = {place: picture for part in parts for place, picture in part[1].items()}
-    ordered = [rewards[place] for place in sorted(rewards)]
-    values = {name: sum(row[name] for row in ordered) / len(ordered) for name in ordered[0]}
-    if facts is not None:
-        facts.load_tensor(torch.stack([part[2] for part in parts]).sum(0))
-        found = facts.accuracies()
-        values |= {label: found[name] for name, label in FACTS.items() if name in found}
-    return Figures(values, torch.stack([pictures[place] for place in sorted(pictures)]))
+def _before_folder(trainer: pl.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "report" / "before"
 
 
-def _scene_score(rows: Sequence[CaptionRow]) -> SceneScore | None:
-    if not have_facts(rows):
-        return None
-    return SceneScore(get_world(rows[0]["metadata"]["world"]), clip_tokenizer())
+def _image_path(folder: Path, place: int) -> Path:
+    return folder / f"{place:05d}.png"
 
 
 def _as_scorer(module: object) -> ImageScorer:

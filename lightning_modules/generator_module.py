@@ -105,8 +105,14 @@ class GeneratorModule(TrainingModule):
     ) -> Tensor:
         """Make images in [0, 1], ``(B, 3, H, W)``: see ``ImageGenerator``."""
         noise = self.generator.noise(sample_ids, eval_seed).to(self.device)
-        with evaluation_mode(self), self.weights(weights):
+        with evaluation_mode(self), self.weights(weights), self.precision_context():
             return self.generator.sample(captions, noise, self.sampler)
+
+    def precision_context(self) -> contextlib.AbstractContextManager[None]:
+        """Compute as the trainer's steps do, also where a callback asks; without one, as it is."""
+        if self._trainer is None:
+            return contextlib.nullcontext()
+        return self._trainer.precision_plugin.forward_context()
 
     @contextlib.contextmanager
     def text_encoding(self, text: TextEncoding) -> Iterator[None]:

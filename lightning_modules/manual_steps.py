@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_modules.training import TrainingModule
 from segalign.errors import NonFiniteError
 from segalign.reward_tuning.gradients import clip_gradients
 
@@ -33,12 +34,12 @@ def the_optimizer(module: pl.LightningModule) -> LightningOptimizer:
 
 
 def step_optimizer(
-    module: pl.LightningModule, trained: Sequence[nn.Parameter], max_norm: float | None
+    module: TrainingModule, trained: Sequence[nn.Parameter], max_norm: float | None
 ) -> Tensor:
     """Clip the gradient, and step the optimizer and the learning rate.
 
     Args:
-        module: The module, with one optimizer and at most one schedule.
+        module: The module, with one optimizer and at most one schedule. Its losses are finite.
         trained: Its trained weights, their gradients averaged over ranks.
         max_norm: Longest gradient; None leaves it as it is.
 
@@ -52,8 +53,8 @@ def step_optimizer(
     if not norm.isfinite():
         raise NonFiniteError(
             f"expected a finite gradient at step {module.global_step}; got NaN or infinity, with "
-            "losses that are finite; no weight was changed; lower the learning rate, or train in "
-            "float32"
+            f"losses that are finite{module.what_failed()}; no weight was changed; lower the "
+            "learning rate, or train in float32"
         )
     the_optimizer(module).step()
     if (schedule := module.lr_schedulers()) is not None:

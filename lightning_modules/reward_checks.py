@@ -3,7 +3,10 @@
 from collections.abc import Iterable
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from segalign.errors import ConfigError, DataError
 from segalign.rewards.protocol import Reward
@@ -32,6 +35,11 @@ def check_trainer(trainer: pl.Trainer) -> None:
             "expected one batch for each step of reward fine-tuning; got "
             f"`trainer.accumulate_grad_batches` {trainer.accumulate_grad_batches}; leave it out, "
             "and set `model.init_args.memory.rollout_batch_size` to sample the batch in parts"
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ConfigError(
+            "expected a single device or `trainer.strategy: ddp` for reward fine-tuning; got "
+            f"`{type(trainer.strategy).__name__}`; use `ddp`: with LoRA little is sharded anyway"
         )
     if trainer.precision in ("16-mixed", "16-true"):
         raise ConfigError(
@@ -87,19 +95,24 @@ def check_data(trainer: pl.Trainer, reward: Reward, *, wants_images: bool) -> No
         check_global_batch(reward, size)
 
 
-def check_captions(batch: CaptionBatch) -> None:
-    """Refuse captions without text, which no reward can judge.
+def blank_captions(batch: CaptionBatch) -> Tensor:
+    """Find captions without text, which no reward can judge: bool ``(B,)``."""
+    is_blank = torch.tensor([not caption.strip() for caption in batch["captions"]])
+    return batch["valid"] & is_blank.to(batch["valid"].device)
 
-    Raises:
-        DataError: If a valid caption is blank.
-    """
-    rows = zip(
-        batch["sample_ids"].tolist(), batch["captions"], batch["valid"].tolist(), strict=True
+
+def without_blank(losses: Tensor, batch: CaptionBatch) -> Tensor:
+    """Make the losses ``(B,)`` of blank captions NaN, which ends the step on all ranks."""
+    return losses.masked_fill(blank_captions(batch), torch.nan)
+
+
+def blank_captions_error(batch: CaptionBatch) -> DataError | None:
+    """Make the error that names a batch's blank captions; None if there are none."""
+    blank = batch["sample_ids"][blank_captions(batch)].tolist()
+    if not blank:
+        return None
+    return DataError(
+        f"expected captions with text for a reward; got blank ones for samples "
+        f"{', '.join(map(str, blank[:_MAX_NAMED]))}{', ...' if len(blank) > _MAX_NAMED else ''}; "
+        "leave them out when packing the shards"
     )
-    blank = [sample for sample, caption, valid in rows if valid and not caption.strip()]
-    if blank:
-        raise DataError(
-            f"expected captions with text for a reward; got blank ones for samples "
-            f"{', '.join(map(str, blank[:_MAX_NAMED]))}{', ...' if len(blank) > _MAX_NAMED else ''}"
-            "; leave them out when packing the shards"
-        )

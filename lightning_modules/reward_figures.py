@@ -17,8 +17,8 @@ def step_means(report: StepReport, valid: Tensor, strategy: Strategy) -> dict[st
         strategy: Reduces over the ranks.
 
     Returns:
-        Scalars: ``loss`` and ``penalty`` of the objective, ``reward_mean``, and ``reward/PART``;
-        NaN if no row is valid.
+        Scalars of the images: ``loss`` and ``penalty`` of the objective, ``reward_mean``, and
+        ``reward/PART``; of their re-noised copies ``reward/renoised``; NaN if no row is valid.
     """
     rows = {"loss": len(valid) * report.losses, "penalty": len(valid) * report.penalties}
     for name, values in report.rewards.items():
@@ -40,7 +40,8 @@ def gradient_figures(
     Args:
         report: What was trained.
         norm: Norm of the whole gradient, before clipping.
-        norms: What each trained step added on this rank, where it came alone.
+        norms: What each trained step added on this rank, where it came alone: of the last part
+            that was sampled.
 
     Returns:
         ``grad_norm``, ``offset``, ``factor_sum``, ``step_grad_norm/k`` for the k-th of the trained

@@ -1,7 +1,6 @@
 """Stage 2: reward fine-tuning of a text-to-image model through its own sampler."""
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -10,20 +9,19 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_modules import manual_steps
-from lightning_modules.generator_module import GeneratorModule
-from lightning_modules.reward_checks import check_captions, check_data, check_trained, check_trainer
+from lightning_modules import manual_steps, reward_checks
 from lightning_modules.reward_figures import gradient_figures, step_means
+from lightning_modules.scored_generator_module import ScoredGeneratorModule
 from lightning_modules.step_speed import StepSpeed
 from segalign.diffusion.bundle import BundleSource
 from segalign.diffusion.clipped_sampler import ClippedSampler
-from segalign.diffusion.generator import TextToImage, evaluation_mode
+from segalign.diffusion.generator import TextToImage
 from segalign.diffusion.lora import LoraSettings
-from segalign.diffusion.made_images import MADE_IMAGES, MadeImages
 from segalign.diffusion.rollout import RolloutSettings
 from segalign.diffusion.sampler import DDIMSampler, EulerSampler
 from segalign.diffusion.scheduler_sampler import SchedulerSampler
 from segalign.diffusion.tiny_decoder import TinyDecoder
+from segalign.errors import SegalignError
 from segalign.losses.denoising_objective import DenoisingObjective
 from segalign.reward_tuning.denoising import denoising_gradient
 from segalign.reward_tuning.gradients import average_gradients
@@ -33,12 +31,12 @@ from segalign.reward_tuning.settings import (
     PenaltySettings,
     RewardStepSettings,
     StepMemory,
+    check_penalty,
 )
-from segalign.reward_tuning.step import RewardStep, StepReport, ignore_step
+from segalign.reward_tuning.step import RewardStep, StepReport
 from segalign.rewards.direction_state import direction_state, load_direction_state
 from segalign.rewards.latent_loss import RewardObjective, Saturated
-from segalign.rewards.protocol import Reward, RewardSource
-from segalign.rewards.scoring import score_images
+from segalign.rewards.protocol import RewardSource, check_reward_names
 from segalign.text.conditioning import TextConditioning
 from segalign.text.settings import TextEncoding
 from segalign.trainable import trainable_parameters
@@ -50,7 +48,7 @@ from segalign.types import CaptionBatch
 _DIRECTIONS = "common_directions"
 
 
-class RewardFineTuningModule(GeneratorModule):
+class RewardFineTuningModule(ScoredGeneratorModule):
     """Tune a generator so that a reward likes what it samples, and only some steps are trained.
 
     Needs captions alone. A training batch is one optimizer step, whatever is computed at a time.
@@ -132,7 +130,9 @@ class RewardFineTuningModule(GeneratorModule):
         )
         self.reward_source = reward
         self.held_out_sources = held_out or {}
+        check_reward_names(self.held_out_sources, "in `held_out`")
         self.decoder_source = decoder
+        check_penalty(penalty, self.step_settings)
         self.penalty = penalty
         self.diffusion_weight = diffusion_weight
         self.diffusion_loss = diffusion_loss
@@ -140,21 +140,16 @@ class RewardFineTuningModule(GeneratorModule):
         self.seed = seed
         self.reference: TextToImage | None = None
         self._report: StepReport | None = None
+        self._batch: CaptionBatch | None = None
 
     @override
     def configure_objective(self) -> None:
-        check_trained(trainable_parameters(self))
-        self.reward: Reward = self.reward_source.load()
-        self.held_out: dict[str, Reward] = {
-            name: source.load() for name, source in self.held_out_sources.items()
-        }
-        # Registered, so that moves and modes reach their networks.
-        self.held_out_networks = nn.ModuleDict(
-            {name: one for name, one in self.held_out.items() if isinstance(one, nn.Module)}
-        )
+        reward_checks.check_trained(trainable_parameters(self))
+        self.load_rewards(self.reward_source, self.held_out_sources)
         self.decoder = None if self.decoder_source is None else self.decoder_source.load()
         if self.penalty is not None and self.lora is None:
-            self.reference = self._frozen_copy()
+            self.reference = self.generator.frozen_copy()
+            self.reference_unet = self.reference.unet
         self.reward_step = RewardStep(
             self.generator,
             self.reward,
@@ -164,13 +159,6 @@ class RewardFineTuningModule(GeneratorModule):
             penalty=self.penalty,
             reference=self.reference,
         )
-
-    def _frozen_copy(self) -> TextToImage:
-        """Copy the network as it is at the start, out of the reach of checkpoints."""
-        generator = copy.copy(self.generator)
-        self.reference_unet = copy.deepcopy(self.unet).requires_grad_(False)
-        generator.unet = self.reference_unet
-        return generator
 
     @override
     def train(self, mode: bool = True) -> Self:
@@ -183,37 +171,41 @@ class RewardFineTuningModule(GeneratorModule):
     @override
     def configure_callbacks(self) -> list[Any]:
         """Refuse settings of the trainer that this module cannot follow, before Lightning does."""
-        check_trainer(self.trainer)
+        reward_checks.check_trainer(self.trainer)
         return []
 
     @override
     def on_fit_start(self) -> None:
-        check_data(self.trainer, self.reward, wants_images=self.diffusion_weight > 0)
+        super().on_fit_start()
+        reward_checks.check_data(self.trainer, self.reward, wants_images=self.diffusion_weight > 0)
         self.speed = StepSpeed.of(self)
 
     @override
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> None:
-        check_captions(batch)
         self.speed.start()
         manual_steps.the_optimizer(self).zero_grad()
         trained = list(trainable_parameters(self).values())
         with manual_steps.local_backward(self.trainer.strategy):
-            denoising = self._denoising_losses(batch)
+            text = self._read(batch)
+            denoising = self._denoising_losses(batch, text)
             norms = StepGradientNorms(trained) if manual_steps.is_logging(self) else None
             report = self.reward_step.run(
                 batch,
-                self._read(batch),
+                text,
                 self.global_step,
                 backward=self._backward,
-                # Always given, so that what is logged does not change what is computed at a time.
-                after_step=norms or ignore_step,
+                observer=norms,
                 compare_decoders=norms is not None,
             )
         average_gradients(trained)
         self._report = report
-        self.reduce_losses(len(report.losses) * report.losses + denoising, batch)
+        self._batch = batch
+        # Blank captions are seen by all ranks now, lest the others wait for this one.
+        losses = reward_checks.without_blank(len(report.totals) * report.totals + denoising, batch)
+        self.reduce_losses(losses, batch)
         self.finish_reduction()
         norm = manual_steps.step_optimizer(self, trained, self.max_grad_norm)
+        self.speed.stop(report)
         if norms is not None:
             extra = {"denoising_loss": denoising.mean()} if self.diffusion_weight else {}
             self._log_step(report, batch, {**gradient_figures(report, norm, norms), **extra})
@@ -227,7 +219,7 @@ class RewardFineTuningModule(GeneratorModule):
     def _backward(self, loss: Tensor, _is_last: bool) -> None:
         self.manual_backward(loss)
 
-    def _denoising_losses(self, batch: CaptionBatch) -> Tensor:
+    def _denoising_losses(self, batch: CaptionBatch, text: TextConditioning) -> Tensor:
         """Add the gradient of the denoising loss on the data's images; return it, ``(B,)``."""
         if not self.diffusion_weight:
             return torch.zeros(len(batch["valid"]), device=self.device)
@@ -235,6 +227,7 @@ class RewardFineTuningModule(GeneratorModule):
             self.generator,
             self.diffusion_loss,
             batch,
+            text,
             self.global_step,
             weight=self.diffusion_weight,
             batch_size=self.step_settings.memory.rollout_batch_size,
@@ -242,9 +235,14 @@ class RewardFineTuningModule(GeneratorModule):
         )
 
     @override
+    def bad_samples_error(self, num_bad: int) -> SegalignError:
+        found = None if self._batch is None else reward_checks.blank_captions_error(self._batch)
+        return found or super().bad_samples_error(num_bad)
+
+    @override
     def what_failed(self) -> str:
         found = None if self._report is None else self._report.non_finite()
-        return "" if found is None else f" (the reward: {found})"
+        return "" if found is None else f" ({found})"
 
     def _log_step(
         self, report: StepReport, batch: CaptionBatch, figures: Mapping[str, Tensor | float]
@@ -254,36 +252,12 @@ class RewardFineTuningModule(GeneratorModule):
         figures = {
             **step_means(report, batch["valid"], self.trainer.strategy),
             **figures,
-            **self.speed.figures(report),
+            **self.speed.figures(),
             **({} if moved is None else {"lora_norm": moved}),
         }
         for name, value in figures.items():
             shown = name in ("loss", "reward_mean")
             self.log(f"train/{name}", value, prog_bar=shown, batch_size=len(batch["valid"]))
-
-    @override
-    def validation_step(self, batch: CaptionBatch, batch_idx: int) -> dict[str, MadeImages]:
-        """Generate images, and score them by the reward and by those that are held out."""
-        images = self.predict_step(batch, batch_idx)
-        valid = batch["valid"]
-        for name, values in self.score_images(images, batch["captions"]).items():
-            mean = values[valid].mean() if valid.any() else values.new_zeros(())
-            self.log(f"val/{name}", mean, batch_size=int(valid.sum()), sync_dist=True)
-        return {MADE_IMAGES: MadeImages(images, self.eval_seed, self.best_weights)}
-
-    def score_images(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Score images by the reward and by those that are held out; nothing is learnt.
-
-        Args:
-            images: Float in [0, 1], ``(B, 3, H, W)``.
-            captions: ``B`` captions.
-
-        Returns:
-            ``(B,)`` each: ``reward``, ``held_out/NAME``, and ``reward/PART`` of both.
-        """
-        held_out = {f"held_out/{name}": reward for name, reward in self.held_out.items()}
-        with evaluation_mode(self):
-            return score_images({"reward": self.reward} | held_out, images, captions)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -103,8 +103,10 @@ class SegmentPreferenceModule(TrainingModule):
         """See that the weights are sound before anything is learnt from them.
 
         Raises:
+            ConfigError: If trained weights are of low precision.
             DataError: If a weight is not finite.
         """
+        super().on_fit_start()
         for name, weight in self.scorer.model.named_parameters():
             if not torch.isfinite(weight).all():
                 raise DataError(

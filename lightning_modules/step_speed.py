@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class StepSpeed:
     """Times steps, and knows what they cost.
 
+    Figures are means over the steps since the last ones, so that what is measured at a logged step
+    weighs little. Waiting for data is left out, and so is the denoising loss.
+
     FLOPs are those that no implementation can leave out: neither recomputation nor unmerged
     adapters in the rollout are counted. Of rewards the image towers of CLIP models are.
 
@@ -32,6 +35,9 @@ class StepSpeed:
     cost: StepCost
     peak: float | None
     _started: float = 0.0
+    _seconds: float = 0.0
+    _flops: float = 0.0
+    _num_samples: int = 0
 
     @classmethod
     def of(cls, module: "RewardFineTuningModule") -> Self:
@@ -47,38 +53,37 @@ class StepSpeed:
             decode=module.reward_step.decode,
             reward=image_towers(module.reward),
         )
-        dtype = torch.bfloat16 if "bf16" in str(module.trainer.precision) else torch.float32
-        return cls(
-            module=module,
-            cost=cost,
-            peak=get_available_flops(module.device, dtype),
-        )
+        is_half = "bf16" in str(module.trainer.precision) or module.unet.dtype == torch.bfloat16
+        dtype = torch.bfloat16 if is_half else torch.float32
+        return cls(module=module, cost=cost, peak=get_available_flops(module.device, dtype))
 
     def start(self) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
 
-    def figures(self, report: StepReport) -> dict[str, float]:
-        """Relate a step's work to the time since its start.
+    def stop(self, report: StepReport) -> None:
+        """Stop the clock, and add up what was done."""
+        self._seconds += time.perf_counter() - self._started
+        self._num_samples += len(report.losses)
+        self._flops += len(report.losses) * self._flops_per_sample(report)
 
-        Args:
-            report: What was done.
+    def figures(self) -> dict[str, float]:
+        """Relate the work of the steps since the last figures to their time.
 
         Returns:
             ``images_per_second`` of all ranks; ``tflops_per_second`` of this rank, and ``mfu``
             where the device's peak is known.
         """
-        seconds = time.perf_counter() - self._started
-        num_samples = len(report.losses)
-        flops = num_samples * self._flops(report)
-        speed = achieved(flops, seconds, self.peak)
+        speed = achieved(self._flops, self._seconds, self.peak)
+        num_images = self._num_samples * self.module.trainer.world_size
         figures = {
-            "images_per_second": num_samples * self.module.trainer.world_size / seconds,
+            "images_per_second": num_images / self._seconds,
             "tflops_per_second": speed.tflops_per_second,
         }
+        self._seconds, self._flops, self._num_samples = 0.0, 0.0, 0
         return figures if speed.mfu is None else figures | {"mfu": speed.mfu}
 
-    def _flops(self, report: StepReport) -> float:
+    def _flops_per_sample(self, report: StepReport) -> float:
         step = self.module.reward_step
         return self.cost.for_plan(
             report.plan,

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_modules.text_totals import TextTotals
 from segalign.diffusion.generator import Weights
 from segalign.ema import TrainableEMA
-from segalign.errors import ConfigError, NonFiniteError
+from segalign.errors import ConfigError, NonFiniteError, SegalignError
 from segalign.text.conditioning import TextReport
 from segalign.trainable import trainable_parameters
 from segalign.types import CaptionBatch, PreferenceBatch
@@ -72,6 +72,11 @@ class TrainingModule(pl.LightningModule):
                 part.eval()
         return self
 
+    @override
+    def on_fit_start(self) -> None:
+        """Look at the weights once more: a trainer of low precision has cast them all."""
+        self.check_trained_precision()
+
     def check_trained_precision(self) -> None:
         """Refuse to train weights that small updates would round away from.
 
@@ -82,7 +87,8 @@ class TrainingModule(pl.LightningModule):
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(
                     f"expected trained weights in float32; `{name}` is {parameter.dtype}; set the "
-                    "base's `dtype` to float32, or train a LoRA over it"
+                    "base's `dtype` to float32, or train a LoRA over it; and let "
+                    "`trainer.precision` be `32-true` or `bf16-mixed`"
                 )
 
     def reduce_losses(self, losses: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -112,7 +118,7 @@ class TrainingModule(pl.LightningModule):
         assert isinstance(counts, Tensor)
         num_valid, num_bad = counts.tolist()
         if num_bad:
-            raise self._non_finite(int(num_bad))
+            raise self.bad_samples_error(int(num_bad))
         num_samples = self._num_samples * self.trainer.world_size
         for parameter in trainable_parameters(self).values():
             if parameter.grad is not None:
@@ -124,7 +130,7 @@ class TrainingModule(pl.LightningModule):
         if every and self.global_step % every == 0:
             self._log_text_totals()
 
-    def _non_finite(self, num_bad: int) -> NonFiniteError:
+    def bad_samples_error(self, num_bad: int) -> SegalignError:
         """Name the samples of this rank whose losses were not finite, before any weight moves."""
         own = torch.cat([ids[is_bad] for ids, is_bad in self._bad_samples]).tolist()
         names = ", ".join(map(str, own[:_MAX_NAMED])) or "none of this rank"

@@ -4,6 +4,7 @@ Dims: B batch, L text tokens, D text width, H/W pixels, c/h/w latents.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
@@ -102,6 +103,12 @@ class TextToImage:
             image_size=self.image_size,
             mask_padding=mask_padding,
         )
+
+    def frozen_copy(self) -> "TextToImage":
+        """Copy the network as it is now, frozen; all else is shared."""
+        generator = copy.copy(self)
+        generator.unet = copy.deepcopy(self.unet).requires_grad_(False)
+        return generator
 
     def predict(self, latents: Tensor, timesteps: Tensor, text: TextConditioning) -> Tensor:
         """Call the network.

@@ -26,6 +26,8 @@ from segalign.errors import ConfigError
 from segalign.text.conditioning import TextConditioning
 
 Compilation = Literal["none", "regional", "full"]
+# (latents (M, c, h, w), timestep, text of M captions) -> output (M, c, h, w), without gradient.
+_Call = Callable[[Tensor, int, TextConditioning], Tensor]
 # Blocks of one class share their compiled code, once for each shape and gradient mode.
 _MOST_VARIANTS = 128
 
@@ -61,6 +63,35 @@ class RolloutSettings:
             )
 
 
+class OpenRollout:
+    """The lean network, bound to a batch of captions.
+
+    Args:
+        denoise: ``(latents (B, c, h, w), timestep) -> guided output (B, c, h, w)``.
+        forget: Gives the memory of merged weights and known texts back.
+    """
+
+    def __init__(self, denoise: Denoiser, forget: Callable[[], None]) -> None:
+        self._denoise: Denoiser | None = denoise
+        self._forget = forget
+
+    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
+        """Call the network without gradient.
+
+        Raises:
+            RuntimeError: If it is released, or its block has ended.
+        """
+        if self._denoise is None:
+            raise RuntimeError("expected a call before the rollout's release; it is released")
+        return self._denoise(latents, timestep)
+
+    def release(self) -> None:
+        """Give its memory back before the block ends: there are no further calls."""
+        if self._denoise is not None:
+            self._denoise = None
+            self._forget()
+
+
 class Rollout:
     """Calls a generator's network for rollouts, and leaves the network as it is.
 
@@ -82,7 +113,7 @@ class Rollout:
     @contextlib.contextmanager
     def denoiser(
         self, positive: TextConditioning, negative: TextConditioning | None, guidance: Guidance
-    ) -> Iterator[Denoiser]:
+    ) -> Iterator[OpenRollout]:
         """Bind the network to a batch of captions for the duration of a block.
 
         Between calls the network is unchanged, so that calls with gradient can come in between;
@@ -95,7 +126,8 @@ class Rollout:
 
         Yields:
             ``(latents (B, c, h, w), timestep) -> guided output (B, c, h, w)``, without gradient:
-            that of `TextToImage.predict` and `Guidance.combine`, up to rounding.
+            that of `TextToImage.predict` and `Guidance.combine`, up to rounding. Its ``release``
+            ends it early.
 
         Raises:
             ConfigError: If guidance is on and there is no negative prompt.
@@ -103,16 +135,26 @@ class Rollout:
         """
         if self._is_open:
             raise RuntimeError("expected one rollout at a time; another is open; leave it first")
-        text = self._prepare(positive, negative, guidance)
         self._is_open = True
         try:
-            call = self._network_call(text)
-            yield _guided(call, text, guidance, self._generator.schedule.num_timesteps)
+            # Nothing here holds on to it: what is released is gone before the block ends.
+            yield OpenRollout(self._bind(positive, negative, guidance), self._forget)
         finally:
             self._is_open = False
-            self._lora.release()
-            if self._cache is not None:
-                self._cache.forget()
+            self._forget()
+
+    def _forget(self) -> None:
+        """Give the memory of merged weights and known texts back."""
+        self._lora.release()
+        if self._cache is not None:
+            self._cache.forget()
+
+    def _bind(
+        self, positive: TextConditioning, negative: TextConditioning | None, guidance: Guidance
+    ) -> Denoiser:
+        text = self._prepare(positive, negative, guidance)
+        call = self._network_call(text)
+        return _guided(call, text, guidance, self._generator.schedule.num_timesteps)
 
     def _prepare(
         self, positive: TextConditioning, negative: TextConditioning | None, guidance: Guidance
@@ -162,10 +204,6 @@ class Rollout:
         cache.learn(text.positive.prompt_embeds)
         if text.negative is not None:
             cache.learn(text.negative.prompt_embeds)
-
-
-# (latents (M, c, h, w), timestep, text of M captions) -> output (M, c, h, w), without gradient.
-_Call = Callable[[Tensor, int, TextConditioning], Tensor]
 
 
 def _guided(call: _Call, text: GuidedText, guidance: Guidance, num_timesteps: int) -> Denoiser:

@@ -6,7 +6,8 @@ from torch import Tensor
 from segalign.diffusion.generator import TextToImage
 from segalign.errors import ConfigError
 from segalign.losses.denoising_objective import DenoisingObjective
-from segalign.truncation.engine import Backward, row_chunks
+from segalign.text.conditioning import TextConditioning
+from segalign.truncation.engine import Backward, row_ranges
 from segalign.types import CaptionBatch
 
 
@@ -14,6 +15,7 @@ def denoising_gradient(
     generator: TextToImage,
     objective: DenoisingObjective,
     batch: CaptionBatch,
+    text: TextConditioning,
     step: int,
     *,
     weight: float,
@@ -26,6 +28,7 @@ def denoising_gradient(
         generator: The trained model.
         objective: The loss.
         batch: ``B`` captions with images; the loss is the sum over valid rows divided by ``B``.
+        text: Their conditioning.
         step: The optimizer step, of which the draws depend.
         weight: Factor of the loss.
         batch_size: Samples at a time; None is all.
@@ -43,17 +46,19 @@ def denoising_gradient(
             "`image`, or the weight to 0"
         )
     valid, found = batch["valid"], []
-    for rows in row_chunks(len(valid), batch_size, valid.device):
-        captions = [batch["captions"][row] for row in rows.tolist()]
+    epochs, sample_ids = batch["epochs"].tolist(), batch["sample_ids"].tolist()
+    for rows in row_ranges(len(valid), batch_size):
+        part = slice(rows.start, rows.stop)
         with torch.no_grad():
-            text = generator.conditioner(captions)
-            latents = generator.codec.encode(batch["images"][rows])
-        counters = [
-            (step, int(batch["epochs"][row]), int(batch["sample_ids"][row]))
-            for row in rows.tolist()
-        ]
-        losses = objective.losses(generator.predict, generator.schedule, latents, text, counters)
-        losses = weight * torch.where(valid[rows], losses, 0.0)
+            latents = generator.codec.encode(batch["images"][part])
+        losses = objective.losses(
+            generator.predict,
+            generator.schedule,
+            latents,
+            text.select(torch.arange(rows.start, rows.stop, device=valid.device)),
+            [(step, epochs[row], sample_ids[row]) for row in rows],
+        )
+        losses = weight * torch.where(valid[part], losses, 0.0)
         backward(losses.sum() / len(valid), False)
         found.append(losses.detach())
     return torch.cat(found)

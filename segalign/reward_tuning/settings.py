@@ -5,13 +5,14 @@ from typing import Literal
 
 from segalign.diffusion.clipped_sampler import ClippedSampler
 from segalign.diffusion.rollout import RolloutSettings
+from segalign.diffusion.sampler import DDIMSampler
 from segalign.diffusion.scheduler_sampler import Sampler
 from segalign.errors import ConfigError
 from segalign.rewards.latent_loss import RewardObjective, Saturated
 from segalign.truncation.drtune import DRTune
 from segalign.truncation.engine import GradientEngine, check_sizes
 from segalign.truncation.graph import GraphEngine
-from segalign.truncation.penalty import PenaltyKind
+from segalign.truncation.penalty import PenaltyKind, check_penalty_settings
 from segalign.truncation.plan import TruncationPlan, TruncationStrategy
 from segalign.truncation.replay import ReplayEngine
 
@@ -28,10 +29,17 @@ class PenaltySettings:
         kind: ``l2``, the mean squared difference; or ``kl``, the divergence of the sampler's
             steps, for samplers that inject noise.
         weight: Factor, at least 0; the penalty is a mean over the trained steps.
+
+    Raises:
+        ConfigError: If a setting is out of its range.
     """
 
     kind: PenaltyKind = "l2"
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_penalty_settings(self.kind, self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +161,20 @@ class RewardStepSettings:
 
 
 def check_penalty(penalty: PenaltySettings | None, settings: RewardStepSettings) -> None:
-    """Refuse a divergence where there is none: the last step injects no noise.
+    """Refuse a divergence where there is none: without noise, and at the last step.
 
     Raises:
-        ConfigError: If the strategy never trains another.
+        ConfigError: If the sampler injects no noise, is not linear, or the strategy never trains
+            another step.
     """
     if penalty is None or penalty.kind != "kl":
         return
+    sampler = settings.sampler
+    if not (settings.is_linear and isinstance(sampler, DDIMSampler) and sampler.eta > 0):
+        raise ConfigError(
+            "expected DDIM with `eta` > 0, and guidance without `rescale`, for a penalty of kind "
+            f"`kl`; got {sampler}; raise `eta`, or use kind `l2`"
+        )
     plans = [settings.plan(0, step) for step in range(_PEEKED_STEPS)]
     if all(plan.train_steps == (plan.last_step,) for plan in plans):
         raise ConfigError(

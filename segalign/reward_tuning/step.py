@@ -17,6 +17,7 @@ from segalign.diffusion.generator import TextToImage
 from segalign.diffusion.guidance import Guidance
 from segalign.diffusion.rollout import Rollout
 from segalign.diffusion.tiny_decoder import DecoderBias, decoder_bias
+from segalign.reward_tuning.parts import PartOfBatch, cut_batch
 from segalign.reward_tuning.settings import (
     PenaltySettings,
     RewardStepSettings,
@@ -29,10 +30,11 @@ from segalign.rewards.protocol import Reward, set_step
 from segalign.text.conditioning import TextConditioning
 from segalign.truncation.chain import Chain
 from segalign.truncation.denoiser import GuidedDenoiser, RowNetwork, TextNetwork
-from segalign.truncation.engine import Backward, GradientReport, row_chunks
+from segalign.truncation.engine import Backward, GradientReport
 from segalign.truncation.noise import CounterNoise
 from segalign.truncation.penalty import OutputPenalty, ReferencePenalty, WithoutLora
 from segalign.truncation.plan import TruncationPlan
+from segalign.truncation.step_norms import StepObserver
 from segalign.types import CaptionBatch
 
 
@@ -43,45 +45,39 @@ class StepReport:
     Attributes:
         plan: What was trained.
         timesteps: Noise indices of the steps that ran, noisiest first.
-        losses: Weighted losses of the objective, ``(B,)``; 0 for rows that are not valid.
+        losses: Weighted losses of the images, ``(B,)``; 0 for rows that are not valid.
+        renoised_losses: Those of their re-noised copies, ``(n, B)``.
         penalties: Penalties of the trained outputs, ``(B,)``, weighted.
-        rewards: Rewards and their parts by name, ``(B,)`` each.
+        rewards: Of the images, rewards and their parts by name, ``(B,)`` each; with re-noised
+            copies, also ``renoised``, the mean of their rewards.
         factors: By trained step, the factor of its output in the gradient.
         decoder_bias: How the gradient through the decoder compares with that through the model's
             own, for the first images of the batch; None if they are the same, or it was not asked.
-        non_finite: Which rewards were not finite and of which rows, or None; a call, because
-            looking waits for the device.
+        non_finite: Which rewards or penalties were not finite and of which rows, or None; a call,
+            because looking waits for the device.
     """
 
     plan: TruncationPlan
     timesteps: tuple[int, ...]
     losses: Tensor
+    renoised_losses: Tensor
     penalties: Tensor
     rewards: dict[str, Tensor]
     factors: dict[int, float]
     decoder_bias: DecoderBias | None
     non_finite: Callable[[], str | None]
 
+    @property
+    def totals(self) -> Tensor:
+        """Sum of all that is differentiated of a sample, ``(B,)``: finite where all of it is."""
+        return self.losses + self.renoised_losses.sum(0) + self.penalties
 
-@dataclass(frozen=True, eq=False)
-class PartOfBatch:
-    """The samples of a batch that are sampled at a time.
 
-    Attributes:
-        text: Their conditioning, ``n`` captions.
-        sample_ids: int64 ``(n,)``.
-        rows: Where they stand in the batch, int64 ``(n,)``.
-        weights: Factors of their losses, ``(n,)``.
+def _ignore_step(_step_index: int) -> None:
+    """Take no notice of a trained step.
+
+    Given where nobody looks, so that looking does not change what is computed at a time.
     """
-
-    text: TextConditioning
-    sample_ids: Tensor
-    rows: Tensor
-    weights: Tensor
-
-
-def ignore_step(_step_index: int) -> None:
-    """Take no notice of a trained step: see ``after_step``."""
 
 
 class RewardStep:
@@ -125,7 +121,7 @@ class RewardStep:
         step: int,
         *,
         backward: Backward | None = None,
-        after_step: Callable[[int], None] = ignore_step,
+        observer: StepObserver | None = None,
         compare_decoders: bool = False,
     ) -> StepReport:
         """Sample, score and back-propagate.
@@ -135,8 +131,9 @@ class RewardStep:
             text: Their conditioning.
             step: The optimizer step.
             backward: Replaces ``Tensor.backward``.
-            after_step: See ``GradientEngine``. Where the batch is sampled in parts, it sees the
-                last part alone; where calls hold several trained steps, nothing.
+            observer: Looks at the gradient of each trained step. Where the batch is sampled in
+                parts, it is restarted for the last and sees that alone; where calls hold several
+                trained steps, it sees nothing.
             compare_decoders: Where another decoder is trained through, measure its bias.
 
         Returns:
@@ -145,40 +142,54 @@ class RewardStep:
         Raises:
             ConfigError: If a reward gives no gradient, or nothing is trained.
         """
-        settings = self.settings
-        plan = settings.plan(self.seed, step)
-        chain = Chain.of(settings.sampler, self.generator.schedule, plan)
+        plan = self.settings.plan(self.seed, step)
+        chain = Chain.of(self.settings.sampler, self.generator.schedule, plan)
         set_step(self.reward, step)
         weights = batch["valid"].to(self._dtype) / len(batch["valid"])
-        make_loss = partial(
-            LatentRewardLoss,
-            bound=bind_reward(self.reward, batch["captions"]),
-            objective=settings.objective,
-            weights=weights,
-            checkpoint=settings.memory.checkpoint_decode,
-            saturated=settings.saturated,
-        )
+        make_loss = self._loss_maker(batch, weights)
         loss = make_loss(decode=self.decode)
-        parts = [
-            PartOfBatch(text.select(rows), batch["sample_ids"][rows], rows, weights[rows])
-            for rows in row_chunks(len(weights), settings.memory.rollout_batch_size, weights.device)
-        ]
-        reports = [
-            self._run_part(
-                part, chain, loss, step, backward, after_step if part is parts[-1] else ignore_step
-            )
-            for part in parts
-        ]
+        parts = self._cut(batch, text, weights)
+        reports = []
+        for part in parts:
+            after_step: Callable[[int], None] = _ignore_step
+            if observer is not None and part is parts[-1]:
+                observer.restart()
+                after_step = observer
+            reports.append(self._run_part(part, chain, loss, step, backward, after_step))
+        penalties = torch.cat([report.penalties for report in reports])
         return StepReport(
             plan=plan,
             timesteps=tuple(chain.timesteps),
             losses=torch.cat([report.losses for report in reports]),
-            penalties=torch.cat([report.penalties for report in reports]),
-            rewards=loss.collected(),
+            renoised_losses=torch.cat([report.renoised_losses for report in reports], dim=1),
+            penalties=penalties,
+            rewards=_rewards(loss, plan),
             factors=reports[0].factors,
             decoder_bias=self._decoder_bias(make_loss, reports[0]) if compare_decoders else None,
-            non_finite=loss.name_non_finite,
+            non_finite=partial(_name_non_finite, loss, penalties, batch["valid"]),
         )
+
+    def _loss_maker(self, batch: CaptionBatch, weights: Tensor) -> Callable[..., LatentRewardLoss]:
+        """Bind the reward to the whole batch; what is made needs a decoder yet."""
+        return partial(
+            LatentRewardLoss,
+            bound=bind_reward(self.reward, batch["captions"], counted=batch["valid"]),
+            objective=self.settings.objective,
+            weights=weights,
+            checkpoint=self.settings.memory.checkpoint_decode,
+            saturated=self.settings.saturated,
+        )
+
+    def _cut(
+        self, batch: CaptionBatch, text: TextConditioning, weights: Tensor
+    ) -> list[PartOfBatch]:
+        """Cut the batch; the negative prompt is encoded once, where guidance is on."""
+        negative = None
+        if self.settings.sampler.guidance.scale != 1:
+            with torch.no_grad():
+                negative = self.generator.conditioner.encode_empty(1)
+        size = self.settings.memory.rollout_batch_size
+        return cut_batch(batch["sample_ids"].tolist(), text, negative, weights, size)
 
     def _decoder_bias(
         self, make_loss: Callable[..., LatentRewardLoss], report: GradientReport
@@ -204,11 +215,8 @@ class RewardStep:
         engine = choose_engine(
             settings.engine, chain.plan, settings.memory, is_linear=settings.is_linear
         )
-        negative = None
-        if guidance.scale != 1:
-            negative = self.generator.conditioner.encode_empty(len(part.rows))
-        denoiser = self._denoiser(part.text, negative, guidance)
-        with self.rollout.denoiser(part.text, negative, guidance) as rollout:
+        denoiser = self._denoiser(part.text, part.negative, guidance)
+        with self.rollout.denoiser(part.text, part.negative, guidance) as rollout:
             return engine.run(
                 chain,
                 denoiser,
@@ -254,7 +262,7 @@ class RewardStep:
         return CounterNoise(
             seed=self.seed,
             step=step,
-            sample_ids=part.sample_ids.tolist(),
+            sample_ids=part.sample_ids,
             latent_shape=self.generator.codec.latent_shape(side, side),
             device=part.weights.device,
             dtype=self._dtype,
@@ -264,3 +272,18 @@ class RewardStep:
     def _dtype(self) -> torch.dtype:
         """Number type of latents and losses: float32, or the network's where that is wider."""
         return torch.promote_types(self.generator.unet.dtype, torch.float32)
+
+
+def _rewards(loss: LatentRewardLoss, plan: TruncationPlan) -> dict[str, Tensor]:
+    """Collect rewards and parts of the images, and the rewards of their copies if there are any."""
+    copies = {"renoised": loss.renoised()} if plan.num_renoised else {}
+    return loss.collected() | copies
+
+
+def _name_non_finite(loss: LatentRewardLoss, penalties: Tensor, valid: Tensor) -> str | None:
+    """Say what was not finite, and for which rows; waits for the device."""
+    found = [] if (named := loss.name_non_finite()) is None else [f"the reward: {named}"]
+    rows = (valid & ~penalties.isfinite()).nonzero().flatten().tolist()
+    if rows:
+        found.append(f"the penalty for rows {rows}")
+    return "; ".join(found) or None

@@ -18,6 +18,7 @@ from typing_extensions import override
 from segalign.errors import ConfigError, DataError
 from segalign.formats.clip_scorer import ResizeFilter, Scorer, load_clip_scorer
 from segalign.hub import fetch
+from segalign.rewards.bound_reward import BoundReward, RewardTerms
 from segalign.rewards.clip_reward import check_features
 from segalign.rewards.protocol import FrozenReward, check_batch
 from segalign.rewards.segment_scorer import SegmentScorer
@@ -64,8 +65,9 @@ class AestheticReward(FrozenReward):
         self.freeze()
 
     @override
-    def set_step(self, step: int) -> None:
+    def set_step(self, step: int | None) -> None:
         """Tell the step of the crop: see ``FrozenReward``."""
+        super().set_step(step)
         self.scorer.preprocessing.step = step
 
     def forward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
@@ -77,7 +79,17 @@ class AestheticReward(FrozenReward):
         """
         check_batch(images, captions)
         self.freeze()
-        features = check_features(self.scorer.image_features(images), "image")
+        return self._score(check_features(self.scorer.image_features(images), "image"), images)
+
+    def bind(self, captions: Sequence[str]) -> BoundReward:
+        """Score images without a look at captions or at whether they are finite: `bind_reward`."""
+        return self._score_each
+
+    def _score_each(self, images: Tensor, rows: Tensor) -> RewardTerms:
+        self.freeze()
+        return RewardTerms(self._score(self.scorer.image_features(images), images))
+
+    def _score(self, features: Tensor, images: Tensor) -> Tensor:
         weight = next(self.head.parameters())
         scores: Tensor = self.head(features.to(weight.dtype))
         return scores.squeeze(-1).to(images.dtype)

@@ -1,7 +1,8 @@
 """The common direction as the batches of training show it: of each batch, or of their average.
 
 Both sum over all ranks wherever they look at a batch, so that all ranks must call them equally
-often, also on a last, smaller batch and for logs.
+often, also on a last, smaller batch and for logs. Of captions that do not count, such as those that
+could not be read, they see nothing; a rank where none counts asks the others all the same.
 
 Dims: B batch, E joint-embedding width.
 """
@@ -40,9 +41,11 @@ def _move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
 class BatchDirection(nn.Module):
     """The direction of the current batch of all ranks, as the official code estimates it.
 
+    Of a single caption that counts, V is its own direction, and only the score is rescaled.
+
     Args:
-        refuse_single: Refuse a batch that is one caption over all ranks: of it, only the score
-            would be rescaled. Estimates that a config names do.
+        refuse_single: Refuse a batch of one row over all ranks, of which nothing else can come.
+            Estimates that a config names do. Larger batches pass, however few captions count.
     """
 
     def __init__(self, *, refuse_single: bool = False) -> None:
@@ -50,25 +53,32 @@ class BatchDirection(nn.Module):
         self.refuse_single = refuse_single
         self._warned = False
 
-    def forward(self, text_features: Tensor) -> Tensor:
+    def forward(self, text_features: Tensor, counted: Tensor | None = None) -> Tensor:
         """Estimate V from the batch; all ranks must call it. Warns once below 64 captions.
 
+        Args:
+            text_features: ``(B, E)``.
+            counted: Which of them count, bool ``(B,)``; None is all.
+
+        Returns:
+            V ``(E,)``; any unit vector if no caption counts on any rank.
+
         Raises:
-            ConfigError: If the batch is one caption, where that is refused.
+            ConfigError: If the batch is one row, where that is refused.
         """
-        total, count = sum_over_ranks(text_features)
+        total, count, num_rows = sum_over_ranks(text_features, counted)
         if self.refuse_single:
-            check_not_single(count)
-        if count < MIN_BATCH and not self._warned:
+            check_not_single(num_rows)
+        if num_rows < MIN_BATCH and not self._warned:
             self._warned = True
             _logger.warning(
                 "the common direction is estimated from %d captions; the text-relevant part of "
                 "each is weakened by up to 1/%d; use a direction of a corpus, made with `%s`",
-                count,
-                count,
+                num_rows,
+                num_rows,
                 ESTIMATE_COMMAND,
             )
-        return unit_mean(total, count).to(text_features)
+        return _direction(total, count).to(text_features)
 
     def observe(self, text_features: Tensor) -> Tensor:
         """Return V as a call does: there is nothing to learn."""
@@ -91,24 +101,35 @@ class EmaDirection(KeepsPrecision):
         self.decay = decay
         self.register_buffer("mean", torch.zeros(0, dtype=torch.float64))
 
-    def forward(self, text_features: Tensor) -> Tensor:
+    def forward(self, text_features: Tensor, counted: Tensor | None = None) -> Tensor:
         """Return V; in training mode move the average to the batch's mean first.
 
-        All ranks must call it.
+        All ranks must call it. Where no caption counts on any rank, the average stays as it is.
+
+        Args:
+            text_features: ``(B, E)``.
+            counted: Which of them count, bool ``(B,)``; None is all.
+
+        Returns:
+            V ``(E,)``; any unit vector if no caption has counted so far.
         """
         if self.training:
-            mean = _batch_mean(text_features)
-            known = self.mean.to(mean.device)
-            self.mean = torch.lerp(mean, known, self.decay) if len(known) else mean
-        return self.observe(text_features)
+            total, count, _ = sum_over_ranks(text_features, counted)
+            if count:
+                mean = total / count
+                known = self.mean.to(mean.device)
+                self.mean = torch.lerp(mean, known, self.decay) if len(known) else mean
+        return self.observe(text_features, counted)
 
-    def observe(self, text_features: Tensor) -> Tensor:
+    def observe(self, text_features: Tensor, counted: Tensor | None = None) -> Tensor:
         """Return V and leave the average as it is, in any mode.
 
         Before there is an average, V is the batch's own, and all ranks must call it.
         """
-        mean = self.mean if len(self.mean) else _batch_mean(text_features)
-        return unit_mean(mean, 1).to(text_features)
+        if len(self.mean):
+            return _direction(self.mean, 1).to(text_features)
+        total, count, _ = sum_over_ranks(text_features, counted)
+        return _direction(total, count).to(text_features)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         """Take a saved average, whose width is known only once there is one."""
@@ -130,6 +151,10 @@ def check_decay(decay: float) -> None:
 def check_not_single(num_captions: int) -> None:
     """Refuse an estimate of V from one caption.
 
+    Args:
+        num_captions: Captions of a global batch, whether they count or not: what a config can
+            change.
+
     Raises:
         ConfigError: If it is 1: the text-relevant part would be weakened as much as the other.
     """
@@ -141,19 +166,33 @@ def check_not_single(num_captions: int) -> None:
         )
 
 
-def sum_over_ranks(text_features: Tensor) -> tuple[Tensor, int]:
+def sum_over_ranks(text_features: Tensor, counted: Tensor | None = None) -> tuple[Tensor, int, int]:
     """Sum features over the batch and all ranks, in float64.
 
+    Args:
+        text_features: ``(B, E)``.
+        counted: Which of them are summed, bool ``(B,)``; None is all.
+
     Returns:
-        The sum ``(E,)``, without gradient, and the number of features.
+        The sum ``(E,)``, without gradient, the number of features in it, and the number of rows,
+        whether they count or not.
     """
+    num_rows = len(text_features)
     features = text_features.detach().double()
-    total = torch.cat([features.sum(dim=0), features.new_tensor([float(len(features))])])
+    if counted is not None:
+        features = features[counted.to(features.device)]
+    sizes = features.new_tensor([float(len(features)), float(num_rows)])
+    total = torch.cat([features.sum(dim=0), sizes])
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(total)
-    return total[:-1], int(total[-1])
+    count, num_rows = (int(size) for size in total[-2:].tolist())
+    return total[:-2], count, num_rows
 
 
-def _batch_mean(text_features: Tensor) -> Tensor:
-    total, count = sum_over_ranks(text_features)
-    return total / count
+def _direction(total: Tensor, count: int) -> Tensor:
+    """Normalise a sum; of nothing, return any unit vector: nothing is trained on it."""
+    if count:
+        return unit_mean(total, count)
+    anywhere = torch.zeros_like(total)
+    anywhere[0] = 1.0
+    return anywhere

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from segalign.errors import ConfigError, DataError, SegalignError
-from segalign.rewards.protocol import Reward
+from segalign.rewards.protocol import Reward, takes_counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,19 +49,28 @@ class BoundReward(Protocol):
 
 
 def bind_reward(
-    reward: Reward, captions: Sequence[str], *, name: str | None = None, is_rewarded: bool = True
+    reward: Reward,
+    captions: Sequence[str],
+    *,
+    name: str | None = None,
+    is_rewarded: bool = True,
+    counted: Tensor | None = None,
 ) -> BoundReward:
     """Bind a reward to a batch of captions.
 
     A reward with a method ``bind`` reads the texts now: all ranks must bind equally often, and a
     call asks nothing of other ranks. Its calls do not wait for the device either; values that are
-    not finite are handed on. Any other reward is called with the captions of the rows.
+    not finite are handed on. Any other reward is called with the captions of the rows; images that
+    are not finite are zeros to it, and their rewards NaN. What such a reward raises nevertheless,
+    it raises on its own rank, while others may wait.
 
     Args:
         reward: Any reward.
         captions: ``B`` captions.
         name: What errors call it; None is the name of its class.
         is_rewarded: Whether its gradient is used.
+        counted: Which captions count where the reward learns from them, or compares them with each
+            other, bool ``(B,)``; None is all. A ``bind`` without such an argument is not told.
 
     Returns:
         The bound reward. Its calls raise ``ConfigError`` if the values are not one for each image,
@@ -70,7 +79,10 @@ def bind_reward(
     """
     binds: Any = getattr(reward, "bind", None)
     with naming(name):
-        bound = _Unbound(reward, list(captions)) if binds is None else binds(captions)
+        if binds is None:
+            bound: BoundReward = _Unbound(reward, list(captions))
+        else:
+            bound = binds(captions, counted=counted) if takes_counted(binds) else binds(captions)
     shown = name or str(getattr(reward, "__name__", type(reward).__name__))
     return _Checked(bound, name, shown, is_rewarded)
 
@@ -92,13 +104,19 @@ def naming(name: str | None) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class _Unbound:
-    """A reward that reads the texts at each call."""
+    """A reward that reads the texts at each call, and never sees what is not finite."""
 
     reward: Reward
     captions: list[str]
 
     def __call__(self, images: Tensor, rows: Tensor) -> RewardTerms:
-        return RewardTerms(self.reward(images, [self.captions[row] for row in rows.tolist()]))
+        finite = images.detach().isfinite().flatten(1).all(dim=1)
+        seen = torch.where(finite[:, None, None, None], images, 0.0)
+        rewards: Any = self.reward(seen, [self.captions[row] for row in rows.tolist()])
+        # What has another form is refused by `_Checked`.
+        if isinstance(rewards, Tensor) and rewards.shape == finite.shape:
+            rewards = torch.where(finite.to(rewards.device), rewards, torch.nan)
+        return RewardTerms(rewards)
 
 
 @dataclass(frozen=True, eq=False)

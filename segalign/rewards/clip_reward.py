@@ -16,7 +16,7 @@ from typing_extensions import override
 from segalign.errors import DataError
 from segalign.formats.clip_scorer import ResizeFilter, Scorer, load_clip_scorer
 from segalign.rewards.bound_reward import BoundReward, RewardTerms
-from segalign.rewards.common_direction import CommonDirection, observe_direction
+from segalign.rewards.common_direction import CommonDirection, ask_direction, observe_direction
 from segalign.rewards.decomposition import common_share, reweight, text_irrelevant
 from segalign.rewards.protocol import FrozenReward, check_batch
 from segalign.rewards.segment_scorer import SegmentFeatures, SegmentScorer
@@ -91,8 +91,9 @@ class ClipReward(FrozenReward):
         self.omega = omega
 
     @override
-    def set_step(self, step: int) -> None:
+    def set_step(self, step: int | None) -> None:
         """Tell the step of the crop: see ``FrozenReward``."""
+        super().set_step(step)
         self.scorer.preprocessing.step = step
 
     @classmethod
@@ -116,17 +117,22 @@ class ClipReward(FrozenReward):
         texts = self._read(captions)
         return (self.image_features(images) * texts.weighted).sum(dim=-1)
 
-    def bind(self, captions: Sequence[str]) -> BoundReward:
+    def bind(self, captions: Sequence[str], counted: Tensor | None = None) -> BoundReward:
         """Encode captions and ask for the common direction, once for all images: see `bind_reward`.
 
         An estimate that learns does so here, as in a call. With a common direction, the parts are
         ``text_relevant`` and ``text_irrelevant``, whose sum is the plain score, whatever omega is,
         and ``common_share``.
 
+        Args:
+            captions: ``B`` captions, all of which can be scored.
+            counted: Which of them an estimate of the common direction sees, bool ``(B,)``; None is
+                all.
+
         Raises:
             DataError: If text features are not finite.
         """
-        return _BoundClipReward(self, self._read(captions))
+        return _BoundClipReward(self, self._read(captions, counted))
 
     def image_features(self, images: Tensor) -> Tensor:
         """Encode images in [0, 1] to unit vectors ``(B, E)``; differentiable in the images.
@@ -190,12 +196,12 @@ class ClipReward(FrozenReward):
             scores = _scores_of(segments, image_features)
         return ScoreParts(plain - along, along, common_share(text, direction), scores)
 
-    def _read(self, captions: Sequence[str]) -> "_Texts":
+    def _read(self, captions: Sequence[str], counted: Tensor | None = None) -> "_Texts":
         """Encode captions as the images are scored against them."""
         text = self.text_features(captions)
         if self.common_direction is None:
             return _Texts(text)
-        direction = self.common_direction(text)
+        direction = ask_direction(self.common_direction, text, counted)
         # Autocast would round the shares, and leave some of V in the text-relevant part.
         with torch.autocast(text.device.type, enabled=False):
             along = text_irrelevant(text, direction)

@@ -12,7 +12,7 @@ Reference: arXiv 2410.11817; the official code estimates from the batch of all r
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from segalign.rewards.batch_directions import KeepsPrecision
 from segalign.rewards.batch_directions import check_decay as check_decay
 from segalign.rewards.batch_directions import sum_over_ranks as sum_over_ranks
 from segalign.rewards.decomposition import common_share, unit_mean
+from segalign.rewards.protocol import takes_counted
 
 MIN_CORPUS = 512
 # float32 keeps the length of a vector of 2**12 numbers much better.
@@ -41,19 +42,42 @@ class CommonDirection(Protocol):
     """An estimate of the common direction V.
 
     One that learns from calls has a method ``observe``, which takes and returns the same and learns
-    nothing: see `observe_direction`.
+    nothing: see `observe_direction`. One that follows the batches may take ``counted``: see
+    `ask_direction`.
     """
 
     def __call__(self, text_features: Tensor) -> Tensor:
         """Return V for a batch.
 
         Args:
-            text_features: The batch's features, ``(B, E)``, which an estimator may learn from.
+            text_features: The batch's features, ``(B, E)``, which an estimator may learn from; on a
+                rank there may be none.
 
         Returns:
             Unit vector ``(E,)``, without gradient.
         """
         ...
+
+
+def ask_direction(
+    estimate: CommonDirection, text_features: Tensor, counted: Tensor | None = None
+) -> Tensor:
+    """Ask an estimate for a batch's V, with those captions alone that count.
+
+    Args:
+        estimate: The estimate. If it takes an argument ``counted``, it is given both; if not, the
+            features that count.
+        text_features: See ``CommonDirection``.
+        counted: Which count, bool ``(B,)``; None is all.
+    """
+    if counted is None:
+        return estimate(text_features)
+    counted = counted.to(text_features.device)
+    if takes_counted(estimate):
+        asked: Any = estimate
+        direction: Tensor = asked(text_features, counted=counted)
+        return direction
+    return estimate(text_features[counted])
 
 
 def observe_direction(estimate: CommonDirection, text_features: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ class ImagePreprocessing(nn.Module):
         crop: Side of a square that is cut out of the images first, at one random place for the
             whole batch; the official rewards cut 504 of 512 pixels, against artefacts of blocks.
             None cuts nothing.
-        seed: With the step, decides the place of the random crop.
+        seed: With the step, decides the place of the random crop; without a step (None) it is the
+            centre.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class ImagePreprocessing(nn.Module):
         self.resize: ResizeFilter = resize or settings.resize
         self.crop = crop
         self.seed = seed
-        self.step = 0
+        self.step: int | None = 0
         self._normalisations: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, images: Tensor) -> Tensor:
@@ -56,13 +57,18 @@ class ImagePreprocessing(nn.Module):
         return (images - mean) / std
 
     def crop_place(self, height: int, width: int) -> tuple[int, int]:
-        """Draw the top left corner of the crop: a function of (seed, step) alone."""
+        """Draw the top left corner of the crop: a function of (seed, step) alone.
+
+        Without a step, which is evaluation, it is that of the centre.
+        """
         assert self.crop is not None
         if min(height, width) < self.crop:
             raise ConfigError(
                 f"expected images of at least {self.crop} pixels for the reward's `crop`; got "
                 f"{width} x {height}; set `crop` to null or lower it"
             )
+        if self.step is None:
+            return (height - self.crop) // 2, (width - self.crop) // 2
         draws = [counter_uniform("reward crop", self.seed, self.step, axis) for axis in range(2)]
         rooms = (height - self.crop + 1, width - self.crop + 1)
         top, left = (int(draw * room) for draw, room in zip(draws, rooms, strict=True))

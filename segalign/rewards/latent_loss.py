@@ -6,7 +6,7 @@ Reference: arXiv 2410.11817 (minus the reward), arXiv 2304.05977 (ReFL, hinge).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,7 +60,8 @@ class LatentRewardLoss:
     """Losses of clean latents by a bound reward: a ``LossOfLatents`` of the engines.
 
     It remembers, on the device and without gradient, the rewards and parts of all its calls, so
-    that a step makes one of its own.
+    that a step makes one of its own. The first call that has a row is of its image; later ones are
+    of re-noised copies of that.
 
     Args:
         decode: Maps latents ``(M, c, h, w)`` to images ``(M, 3, H, W)``, nominally in [0, 1].
@@ -93,9 +94,8 @@ class LatentRewardLoss:
         self._weights = weights
         self._checkpoint = checkpoint
         self._saturated = saturated
-        self._sums: dict[str, Tensor] = {}
-        self._num_scored = torch.zeros_like(weights, dtype=torch.float32)
-        self._num_undecodable = torch.zeros_like(self._num_scored)
+        self._of_images, self._of_copies = _Tally(weights), _Tally(weights)
+        self._num_undecodable = torch.zeros_like(weights, dtype=torch.float32)
 
     def __call__(self, latents: Tensor, rows: Tensor) -> Tensor:
         """Decode and score.
@@ -124,15 +124,22 @@ class LatentRewardLoss:
         return torch.where(counts, weights.to(losses) * losses, 0.0)
 
     def collected(self) -> dict[str, Tensor]:
-        """Return what was found so far: ``rewards``, and each part by its name.
+        """Return what was found of the images so far: ``rewards``, and each part by its name.
 
         Returns:
-            ``(B,)`` each, without gradient: the mean over the calls that had the row; NaN where
-            there was none, or the weight is 0.
+            ``(B,)`` each, without gradient; NaN where there was no call for the row, or the weight
+            is 0.
         """
-        never = torch.full_like(self._num_scored, torch.nan)
-        means = {name: total / self._num_scored for name, total in self._sums.items()}
-        return {"rewards": never} | means
+        return self._of_images.means()
+
+    def renoised(self) -> Tensor:
+        """Return the rewards of the re-noised copies so far.
+
+        Returns:
+            ``(B,)``, without gradient: the mean over a row's copies; NaN where there was none, or
+            the weight is 0.
+        """
+        return self._of_copies.means()["rewards"]
 
     def name_non_finite(self) -> str | None:
         """Say what was not finite, and for which rows; waits for the device.
@@ -142,9 +149,10 @@ class LatentRewardLoss:
             otherwise rewards, of a mixture the parts; None if all was finite.
         """
         undecodable = self._num_undecodable > 0
+        copies = self._of_copies.non_finite()
         bad = {
-            name: ~values.isfinite() & (self._num_scored > 0) & ~undecodable
-            for name, values in self.collected().items()
+            name: (rows | copies.get(name, False)) & ~undecodable
+            for name, rows in self._of_images.non_finite().items()
         }
         found = {name: rows for name, rows in bad.items() if rows.any()}
         # What is made of others is left out where those are named.
@@ -179,15 +187,42 @@ class LatentRewardLoss:
 
     @torch.no_grad()
     def _remember(self, rows: Tensor, counts: Tensor, finite: Tensor, terms: RewardTerms) -> None:
-        """Add what a call found to the sums of its rows, on the device."""
-        self._num_scored.index_add_(0, rows, counts.to(self._num_scored))
+        """Add what a call found to what is known of its rows, on the device."""
         self._num_undecodable.index_add_(0, rows, (~finite).to(self._num_undecodable))
-        for name, values in {"rewards": terms.rewards, **terms.parts}.items():
+        is_copy = self._of_images.num_calls[rows] > 0
+        for tally, are_its in ((self._of_images, ~is_copy), (self._of_copies, is_copy)):
+            tally.add(rows, counts & are_its, {"rewards": terms.rewards, **terms.parts})
+
+
+class _Tally:
+    """Sums of values by row, on the device.
+
+    Attributes:
+        num_calls: How often each row was counted, float32 ``(B,)``.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self.num_calls = torch.zeros_like(weights, dtype=torch.float32)
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, rows: Tensor, counts: Tensor, found: Mapping[str, Tensor]) -> None:
+        """Add values ``(M,)`` by name to rows, int64 ``(M,)``, where they count, bool ``(M,)``."""
+        self.num_calls.index_add_(0, rows, counts.to(self.num_calls))
+        for name, values in found.items():
             if values.dtype != torch.float64:
                 values = values.float()
             if name not in self._sums:
-                self._sums[name] = values.new_zeros(len(self._num_scored))
+                self._sums[name] = values.new_zeros(len(self.num_calls))
             self._sums[name].index_add_(0, rows, torch.where(counts, values, 0.0))
+
+    def means(self) -> dict[str, Tensor]:
+        """Return means by name, ``rewards`` among them, ``(B,)``; NaN where nothing counted."""
+        never = torch.full_like(self.num_calls, torch.nan)
+        return {"rewards": never} | {n: total / self.num_calls for n, total in self._sums.items()}
+
+    def non_finite(self) -> dict[str, Tensor]:
+        """Tell by name which rows have a value that is not finite, bool ``(B,)``."""
+        return {name: ~total.isfinite() for name, total in self._sums.items()}
 
 
 def _parent(name: str) -> str:

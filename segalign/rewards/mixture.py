@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from segalign.errors import ConfigError, DataError
 from segalign.rewards.bound_reward import BoundReward, RewardTerms, bind_reward, naming
-from segalign.rewards.protocol import Reward, RewardSource, set_step
+from segalign.rewards.protocol import Reward, RewardSource, check_reward_names, set_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,11 @@ class RewardMixture(nn.Module):
         # Registered, so that moves and modes reach the networks.
         networks = {n: r for n, r in self.rewards.items() if isinstance(r, nn.Module)}
         self.networks = nn.ModuleDict(networks)
+        self.step: int | None = 0
 
-    def set_step(self, step: int) -> None:
+    def set_step(self, step: int | None) -> None:
         """Tell all rewards the optimizer step: see ``set_step`` of the protocol."""
+        self.step = step
         for reward in self.rewards.values():
             set_step(reward, step)
 
@@ -53,14 +55,21 @@ class RewardMixture(nn.Module):
         """Score images: see ``Reward``."""
         return self.combine(self.score_each(images, captions))
 
-    def bind(self, captions: Sequence[str]) -> BoundReward:
+    def bind(self, captions: Sequence[str], counted: Tensor | None = None) -> BoundReward:
         """Bind every reward to a batch of captions: see `bind_reward`.
 
         The parts are each reward's value by its name, unweighted, and its own parts as
-        ``NAME/PART``. A reward of weight 0 is reported alone and needs no gradient.
+        ``NAME/PART``. A reward of weight 0 is only reported: it is computed without gradient, and
+        what it gives, be it NaN, changes nothing.
+
+        Args:
+            captions: ``B`` captions.
+            counted: Which of them count, bool ``(B,)``; None is all.
         """
         bound = {
-            name: bind_reward(reward, captions, name=name, is_rewarded=self.weights[name] != 0)
+            name: bind_reward(
+                reward, captions, name=name, is_rewarded=self.weights[name] != 0, counted=counted
+            )
             for name, reward in self.rewards.items()
         }
         return _BoundMixture(self, bound)
@@ -83,8 +92,11 @@ class RewardMixture(nn.Module):
         return scores
 
     def combine(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """Sum scores by name with the weights, ``(B,)``."""
-        return torch.stack([weight * scores[name] for name, weight in self.weights.items()]).sum(0)
+        """Sum scores by name with the weights, ``(B,)``; those of weight 0 are left out."""
+        weighted = [weight * scores[name] for name, weight in self.weights.items() if weight]
+        if not weighted:
+            return torch.zeros_like(next(iter(scores.values())))
+        return torch.stack(weighted).sum(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +107,11 @@ class _BoundMixture:
     bound: Mapping[str, BoundReward]
 
     def __call__(self, images: Tensor, rows: Tensor) -> RewardTerms:
-        terms = {name: bound(images, rows) for name, bound in self.bound.items()}
+        terms = {}
+        for name, bound in self.bound.items():
+            is_rewarded = self.mixture.weights[name] != 0
+            with torch.set_grad_enabled(torch.is_grad_enabled() and is_rewarded):
+                terms[name] = bound(images, rows)
         parts = {}
         for name, each in terms.items():
             parts[name] = each.rewards.detach()
@@ -145,12 +161,8 @@ def check_parts(parts: Mapping[str, WeightedReward | MixturePart]) -> None:
     """
     if not parts:
         raise ConfigError("expected at least one reward in a mixture; got none; name one")
+    check_reward_names(parts, "in a mixture")
     for name, part in parts.items():
-        if not name or {".", "/"} & set(name) or name == "rewards":
-            raise ConfigError(
-                "expected a name without dots or slashes, other than `rewards`, for a reward in a "
-                f"mixture; got `{name}`; rename it"
-            )
         if not isinstance(part, WeightedReward | MixturePart):
             raise ConfigError(
                 f"expected a `MixturePart` or `WeightedReward` for the reward `{name}`; got "

@@ -3,15 +3,17 @@
 Dims: B batch, H/W pixels.
 """
 
+import contextlib
+import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from segalign.errors import DataError, NonFiniteError
+from segalign.errors import ConfigError, DataError, NonFiniteError
 
 # Decoded images may overshoot [0, 1] a little; bytes, and [-1, 1], are elsewhere.
 _SLACK = 0.5
@@ -57,6 +59,8 @@ class FrozenReward(nn.Module):
     by one, unseen from here; they are frozen again before they are used.
     """
 
+    step: int | None = 0
+
     def networks(self) -> Iterable[nn.Module]:
         """List what is kept frozen: all children."""
         return self.children()
@@ -68,12 +72,13 @@ class FrozenReward(nn.Module):
             if any(module.training for module in network.modules()):
                 network.eval()
 
-    def set_step(self, step: int) -> None:
-        """Take note of the optimizer step, on which random crops depend; here: do nothing.
+    def set_step(self, step: int | None) -> None:
+        """Take note of the optimizer step, on which random crops depend.
 
         Args:
-            step: Optimizer steps so far.
+            step: Optimizer steps so far; None leaves chance out: crops are of the centre.
         """
+        self.step = step
 
     @override
     def train(self, mode: bool = True) -> Self:
@@ -91,20 +96,71 @@ class FrozenReward(nn.Module):
         return self
 
 
-def set_step(reward: Reward, step: int) -> None:
+def set_step(reward: Reward, step: int | None) -> None:
     """Tell a reward the optimizer step, if it wants to know; call it before each step's rewards.
 
     Args:
         reward: Any reward, also a mixture.
-        step: Optimizer steps so far, the same on all ranks.
+        step: Optimizer steps so far, the same on all ranks; None, for evaluation, leaves chance
+            out: crops are of the centre.
     """
-    tell: Callable[[int], None] | None = getattr(reward, "set_step", None)
+    tell: Callable[[int | None], None] | None = getattr(reward, "set_step", None)
     if tell is not None:
         tell(step)
 
 
+@contextlib.contextmanager
+def without_chance(reward: Reward) -> Iterator[None]:
+    """Leave chance out of a reward for the duration of a block: see `set_step`.
+
+    Its step returns afterwards: its attribute ``step``, or 0 if it has none.
+    """
+    before: int | None = getattr(reward, "step", 0)
+    set_step(reward, None)
+    try:
+        yield
+    finally:
+        set_step(reward, before)
+
+
+def check_reward_names(names: Iterable[str], where: str) -> None:
+    """Refuse names that rewards cannot be registered or logged under.
+
+    Args:
+        names: The names.
+        where: What the rewards belong to, for the error: ``in a mixture``.
+
+    Raises:
+        ConfigError: If one is empty, has dots or slashes, or is an attribute of a module.
+    """
+    taken = {*dir(nn.ModuleDict()), "rewards", "renoised"}
+    for name in names:
+        if not name or {".", "/"} & set(name) or name in taken:
+            raise ConfigError(
+                "expected a name without dots or slashes, other than `rewards`, `renoised` and "
+                "PyTorch's own names of a module such as `items` or `type`, for a reward "
+                f"{where}; got `{name}`; rename it"
+            )
+
+
+def takes_counted(call: Callable[..., object]) -> bool:
+    """Tell whether a function or module has an argument ``counted``: which captions count.
+
+    Args:
+        call: The ``bind`` of a reward, or an estimate of the common direction.
+    """
+    function = call.forward if isinstance(call, nn.Module) else call
+    try:
+        return "counted" in inspect.signature(function).parameters
+    except ValueError:  # Some built-in functions do not tell.
+        return False
+
+
 def check_batch(images: Tensor, captions: Sequence[str]) -> None:
-    """Refuse what no reward can score.
+    """Refuse what no reward can score; waits for the device.
+
+    It raises on its own rank. A reward that calls it in training stops there while other ranks wait
+    for it, so that those with a method ``bind`` leave it out there: see ``bind_reward``.
 
     Args:
         images: Should be float, in [0, 1], ``(B, 3, H, W)``.

@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from segalign.diffusion.linear_steps import Denoiser
 from segalign.errors import ConfigError, NonFiniteError
 from segalign.truncation.chain import Chain
 from segalign.truncation.denoiser import GuidedDenoiser
@@ -47,6 +46,18 @@ class GradientReport:
     penalties: Tensor
 
 
+class RolloutNetwork(Protocol):
+    """The network for steps without gradient, compiled or with merged weights."""
+
+    def __call__(self, latents: Tensor, timestep: int, /) -> Tensor:
+        """Call it with latents ``(B, c, h, w)``; return the guided output ``(B, c, h, w)``."""
+        ...
+
+    def release(self) -> None:
+        """Give back what it holds: there are no further calls. Asked again, it does nothing."""
+        ...
+
+
 class GradientEngine(Protocol):
     """Adds the gradient of a loss of sampled images to ``.grad`` of the network's weights."""
 
@@ -57,7 +68,7 @@ class GradientEngine(Protocol):
         noise: RolloutNoise,
         loss_of_latents: LossOfLatents,
         *,
-        rollout: Denoiser | None = None,
+        rollout: RolloutNetwork | None = None,
         backward: Backward | None = None,
         after_step: Callable[[int], None] | None = None,
         penalty: OutputPenalty | None = None,
@@ -69,8 +80,8 @@ class GradientEngine(Protocol):
             denoiser: The trained network.
             noise: Noise of the rollout.
             loss_of_latents: Decode and reward.
-            rollout: The same network for steps without gradient, compiled or with merged weights;
-                None is ``denoiser``.
+            rollout: The same network for steps without gradient; None is ``denoiser``. It is
+                released after its last call: before the first image is decoded.
             backward: Replaces ``Tensor.backward``.
             after_step: Called with the index of each trained step when its gradient is in
                 ``.grad``, to measure it. Where gradients of all steps come at once, not called.
@@ -90,10 +101,16 @@ class GradientEngine(Protocol):
         ...
 
 
-def row_chunks(num_rows: int, size: int | None, device: torch.device) -> Iterator[Tensor]:
-    """Cut 0..B-1 into chunks of at most ``size``; None is one chunk."""
+def row_ranges(num_rows: int, size: int | None) -> Iterator[range]:
+    """Cut 0..B-1 into ranges of at most ``size``; None is one range."""
     for start in range(0, num_rows, size or num_rows):
-        yield torch.arange(start, min(start + (size or num_rows), num_rows), device=device)
+        yield range(start, min(start + (size or num_rows), num_rows))
+
+
+def row_chunks(num_rows: int, size: int | None, device: torch.device) -> Iterator[Tensor]:
+    """Cut 0..B-1 as above, into int64 tensors."""
+    for rows in row_ranges(num_rows, size):
+        yield torch.arange(rows.start, rows.stop, device=device)
 
 
 def gradient_of_loss(

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from segalign.diffusion.linear_steps import Denoiser
 from segalign.truncation.chain import Chain, Walk
 from segalign.truncation.denoiser import GuidedDenoiser
 from segalign.truncation.engine import (
     Backward,
     GradientReport,
     LossOfLatents,
+    RolloutNetwork,
     check_sizes,
     default_backward,
     gradient_of_loss,
     renoised,
     require_finite,
     require_trainable,
-    row_chunks,
+    row_ranges,
 )
-from segalign.truncation.noise import RolloutNoise, RowsOfNoise
+from segalign.truncation.noise import RolloutNoise, select_rows
 from segalign.truncation.penalty import OutputPenalty, check_penalties
 
 
@@ -63,7 +63,7 @@ class GraphEngine:
         noise: RolloutNoise,
         loss_of_latents: LossOfLatents,
         *,
-        rollout: Denoiser | None = None,
+        rollout: RolloutNetwork | None = None,
         backward: Backward | None = None,
         after_step: Callable[[int], None] | None = None,
         penalty: OutputPenalty | None = None,
@@ -74,12 +74,16 @@ class GraphEngine:
         steps whose inputs are attached needs one more call of the network at each.
         """
         initial = noise.initial()
-        chunks = list(row_chunks(len(initial), self.micro_batch_size, initial.device))
+        chunks = list(row_ranges(len(initial), self.micro_batch_size))
+        if rollout is not None and (len(chunks) > 1 or not _untrained(chain)):
+            rollout.release()
+            rollout = None
         parts = []
         for chunk in chunks:
-            run = _Recording(self, chain, denoiser, RowsOfNoise(noise, chunk), chunk, penalty)
+            rows = torch.arange(chunk.start, chunk.stop, device=initial.device)
+            run = _Recording(self, chain, denoiser, select_rows(noise, chunk), rows, penalty)
             with torch.enable_grad():
-                loss, report = run.record(loss_of_latents, rollout if len(chunks) == 1 else None)
+                loss, report = run.record(loss_of_latents, rollout)
             (backward or default_backward)(loss, chunk is chunks[-1])
             parts.append(report)
         return GradientReport(
@@ -104,7 +108,7 @@ class _Recording:
     penalty: OutputPenalty | None
 
     def record(
-        self, loss_of_latents: LossOfLatents, rollout: Denoiser | None
+        self, loss_of_latents: LossOfLatents, rollout: RolloutNetwork | None
     ) -> tuple[Tensor, GradientReport]:
         """Run forward.
 
@@ -136,13 +140,15 @@ class _Recording:
             surrogate = surrogate + values.sum()
         return surrogate, report
 
-    def _walk(self, rollout: Denoiser | None) -> tuple[Walk, dict[int, Tensor], list[Tensor]]:
+    def _walk(self, rollout: RolloutNetwork | None) -> tuple[Walk, dict[int, Tensor], list[Tensor]]:
         """Take all steps; return also what trained ones saw, and their penalties ``(M,)``."""
-        plan, penalties = self.chain.plan, []
+        plan, penalties, untrained = self.chain.plan, [], _untrained(self.chain)
         walk, inputs = self.chain.walk(self.noise), {}
         for index, timestep in enumerate(self.chain.timesteps):
-            if index not in plan.train_steps:
+            if index in untrained:
                 walk.advance(self._output(walk.latents, timestep, rollout))
+                if rollout is not None and index == untrained[-1]:
+                    rollout.release()
                 continue
             inputs[index] = walk.latents.detach()
             seen = inputs[index] if plan.detach_input else walk.latents
@@ -182,9 +188,14 @@ class _Recording:
             return checkpoint(network, *arguments, use_reentrant=False)
         return network(*arguments)
 
-    def _output(self, latents: Tensor, timestep: int, rollout: Denoiser | None) -> Tensor:
+    def _output(self, latents: Tensor, timestep: int, rollout: RolloutNetwork | None) -> Tensor:
         """Call the network without gradient."""
         with torch.no_grad():
             if rollout is not None:
                 return rollout(latents.detach(), timestep)
             return self.denoiser(latents.detach(), timestep, self.rows)
+
+
+def _untrained(chain: Chain) -> list[int]:
+    """List the steps that run without gradient."""
+    return [index for index in range(len(chain.timesteps)) if index not in chain.plan.train_steps]

@@ -4,8 +4,8 @@ Dims: B batch, T steps, c/h/w latents.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,31 +58,42 @@ class CounterNoise:
         """Return the noise of a re-noised copy."""
         return self._draw("rollout.copy", copy_index)
 
+    def select(self, rows: range) -> "CounterNoise":
+        """Take the noise of some samples; that of the others is not drawn."""
+        return replace(self, sample_ids=[self.sample_ids[row] for row in rows])
+
     def _draw(self, purpose: str, *counters: int) -> Tensor:
         rows = [(self.seed, self.step, int(sample), *counters) for sample in self.sample_ids]
         return counter_normal(purpose, rows, self.latent_shape).to(self.device, self.dtype)
 
 
-@dataclass(frozen=True)
-class RowsOfNoise:
-    """Some rows of another noise.
+def select_rows(noise: RolloutNoise, rows: range) -> RolloutNoise:
+    """Take some rows of a noise.
 
     Args:
-        noise: The noise of the batch.
-        rows: Which rows, int64 ``(M,)``.
+        noise: The noise of the batch. One with a method ``select`` makes that of the rows alone;
+            of any other, the whole batch's is made each time.
+        rows: Which rows.
     """
+    select: Any = getattr(noise, "select", None)
+    if select is None:
+        return _SomeRows(noise, slice(rows.start, rows.stop, rows.step))
+    selected: RolloutNoise = select(rows)
+    return selected
+
+
+@dataclass(frozen=True)
+class _SomeRows:
+    """Some rows of another noise."""
 
     noise: RolloutNoise
-    rows: Tensor
+    rows: slice
 
     def initial(self) -> Tensor:
-        """Return the noise that the run starts from."""
         return self.noise.initial()[self.rows]
 
     def of_step(self, step_index: int) -> Tensor:
-        """Return the noise that a step injects."""
         return self.noise.of_step(step_index)[self.rows]
 
     def of_copy(self, copy_index: int) -> Tensor:
-        """Return the noise of a re-noised copy."""
         return self.noise.of_copy(copy_index)[self.rows]

@@ -89,11 +89,7 @@ class ReferencePenalty:
                 (``eta`` of 0), also at one trained step before the last, if guidance is rescaled,
                 or if steps are not linear recursions.
         """
-        if kind not in get_args(PenaltyKind):
-            known = ", ".join(f"`{option}`" for option in get_args(PenaltyKind))
-            raise ConfigError(f"penalty `kind` must be one of {known}; got {kind!r}. Choose one.")
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(f"penalty `weight` must be at least 0; got {weight}. Correct it.")
+        check_penalty_settings(kind, weight)
         trained = chain.plan.train_steps
         factors = (
             _divergence_factors(chain, denoiser)
@@ -130,6 +126,19 @@ class WithoutLora:
         """Call the network: see ``RowNetwork``."""
         with disabled_lora(self.model):
             return self.network(latents, timesteps, rows)
+
+
+def check_penalty_settings(kind: str, weight: float) -> None:
+    """Refuse a kind that is not known, or a factor that is none.
+
+    Raises:
+        ConfigError: If one is out of its range.
+    """
+    if kind not in get_args(PenaltyKind):
+        known = ", ".join(f"`{option}`" for option in get_args(PenaltyKind))
+        raise ConfigError(f"penalty `kind` must be one of {known}; got {kind!r}. Choose one.")
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ConfigError(f"penalty `weight` must be at least 0; got {weight}. Correct it.")
 
 
 def check_penalties(penalties: Tensor, num_rows: int) -> None:

@@ -21,6 +21,7 @@ from segalign.truncation.engine import (
     Backward,
     GradientReport,
     LossOfLatents,
+    RolloutNetwork,
     check_sizes,
     default_backward,
     gradient_of_loss,
@@ -65,27 +66,28 @@ class _MicroBatch:
                 for call, rows in self.parts
             ]
         )
-        owners = [(call.timestep, i) for call, r in self.parts for i in range(r.start, r.stop)]
-        timesteps, rows = torch.tensor(owners, device=latents.device).unbind(1)
+        timesteps, rows = self._owners(latents.device)
         with torch.enable_grad():
             output = self.branch.network(latents, timesteps, rows)
             require_trainable(output)
             scalar = (output * cotangents).sum()
-            if self.penalty is None or not (kept := self._penalised()):
+            # Pairs of re-noised copies come last, and are not penalised.
+            own = sum(rows.stop - rows.start for call, rows in self.parts if not call.is_copy)
+            if self.penalty is None or not own:
                 return scalar
-            if len(kept) < len(output):
-                chosen = torch.tensor(kept, device=latents.device)
-                output, latents = output[chosen], latents[chosen]
-                timesteps, rows = timesteps[chosen], rows[chosen]
-            values = self.penalty(output, latents, timesteps, rows)
-            check_penalties(values, len(output))
-        penalties.index_add_(0, rows, values.detach().to(penalties))
+            values = self.penalty(output[:own], latents[:own], timesteps[:own], rows[:own])
+            check_penalties(values, own)
+        penalties.index_add_(0, rows[:own], values.detach().to(penalties))
         return scalar + values.sum()
 
-    def _penalised(self) -> list[int]:
-        """Return the positions of pairs that are of the run itself, not of a re-noised copy."""
-        copies = [call.is_copy for call, rows in self.parts for _ in range(rows.start, rows.stop)]
-        return [position for position, is_copy in enumerate(copies) if not is_copy]
+    def _owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Make the timestep and the row of each pair on the device, without waiting for it."""
+        timesteps = [
+            torch.full((rows.stop - rows.start,), call.timestep, device=device)
+            for call, rows in self.parts
+        ]
+        rows = [torch.arange(rows.start, rows.stop, device=device) for _, rows in self.parts]
+        return torch.cat(timesteps), torch.cat(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,7 @@ class ReplayEngine:
         noise: RolloutNoise,
         loss_of_latents: LossOfLatents,
         *,
-        rollout: Denoiser | None = None,
+        rollout: RolloutNetwork | None = None,
         backward: Backward | None = None,
         after_step: Callable[[int], None] | None = None,
         penalty: OutputPenalty | None = None,
@@ -131,9 +133,10 @@ class ReplayEngine:
         """
         _check_replayable(chain)
         branches = denoiser.branches()
-        sampled = rollout or denoiser
-        latents, inputs = _roll_out(chain, sampled, noise)
-        losses, calls = self._score(chain, sampled, noise, loss_of_latents, latents, inputs)
+        sampled = _roll_out(chain, denoiser if rollout is None else rollout, noise)
+        if rollout is not None:
+            rollout.release()
+        losses, calls = self._score(chain, loss_of_latents, sampled)
         groups = _by_step(calls) if after_step else [calls]
         batches = [list(self._micro_batches(branches, group, penalty)) for group in groups]
         penalties = torch.zeros_like(losses[0])
@@ -146,33 +149,30 @@ class ReplayEngine:
         if self.check_finite:
             require_finite("penalties", penalties)
         return GradientReport(
-            latents, losses[0], losses[1:], chain.trained_factors, inputs, penalties
+            sampled.latents,
+            losses[0],
+            losses[1:],
+            chain.trained_factors,
+            sampled.inputs,
+            penalties,
         )
 
     def _score(
-        self,
-        chain: Chain,
-        denoiser: Denoiser,
-        noise: RolloutNoise,
-        loss_of_latents: LossOfLatents,
-        latents: Tensor,
-        inputs: dict[int, Tensor],
+        self, chain: Chain, loss_of_latents: LossOfLatents, sampled: "_Sampled"
     ) -> tuple[Tensor, list[_TrainedCall]]:
         """Differentiate the loss of the image, and of its re-noised copies.
 
         Returns:
-            Losses ``(1 + n, B)``, and what is to be replayed.
+            Losses ``(1 + n, B)``, and what is to be replayed; calls of copies come last.
         """
-        found, gradient = self._differentiate(loss_of_latents, latents)
+        found, gradient = self._differentiate(loss_of_latents, sampled.latents)
         losses, weight = [found], chain.image_weight
         timesteps, factors, step = chain.timesteps, chain.factors, chain.clean_step
         calls = [
             _TrainedCall(index, timesteps[index], seen, gradient, weight * factors[index])
-            for index, seen in inputs.items()
+            for index, seen in sampled.inputs.items()
         ]
-        for copy in renoised(chain, latents, noise):
-            with torch.no_grad():
-                image = chain.clean(copy, denoiser(copy, step.timestep))
+        for copy, image in sampled.copies:
             found, gradient = self._differentiate(loss_of_latents, image)
             losses.append(found)
             index = chain.plan.last_step
@@ -216,15 +216,24 @@ def _overlaps(
             yield call, slice(first, last)
 
 
-def _roll_out(
-    chain: Chain, denoiser: Denoiser, noise: RolloutNoise
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Sample without gradient.
+@dataclass(frozen=True, eq=False)
+class _Sampled:
+    """What a run without gradient leaves; all ``(B, c, h, w)``.
 
-    Returns:
-        The clean latents, and what the network saw at each trained step, all ``(B, c, h, w)``.
+    Attributes:
+        latents: The clean latents.
+        inputs: What the network saw at each trained step.
+        copies: Of each re-noised copy, what the network saw and its clean latents.
     """
-    inputs = {}
+
+    latents: Tensor
+    inputs: dict[int, Tensor]
+    copies: list[tuple[Tensor, Tensor]]
+
+
+def _roll_out(chain: Chain, denoiser: Denoiser, noise: RolloutNoise) -> _Sampled:
+    """Sample without gradient; copies too, so that nothing later calls the lean network."""
+    inputs, last = {}, chain.clean_step.timestep
     # Never inference mode: its tensors cannot be replayed, and sharded weights refuse it.
     with torch.no_grad():
         walk = chain.walk(noise)
@@ -232,7 +241,11 @@ def _roll_out(
             if index in chain.plan.train_steps:
                 inputs[index] = walk.latents
             walk.advance(denoiser(walk.latents, timestep))
-    return walk.latents, inputs
+        copies = [
+            (copy, chain.clean(copy, denoiser(copy, last)))
+            for copy in renoised(chain, walk.latents, noise)
+        ]
+    return _Sampled(walk.latents, inputs, copies)
 
 
 def _by_step(calls: Sequence[_TrainedCall]) -> list[list[_TrainedCall]]:

@@ -16,7 +16,7 @@ from lightning_modules.reward_finetuning import RewardFineTuningModule
 from segalign.diffusion.lora import LoraSettings
 from segalign.diffusion.pretrained import PretrainedModel
 from segalign.diffusion.sampler import DDIMSampler
-from segalign.errors import NonFiniteError
+from segalign.errors import SegalignError
 from segalign.formats.clip_scorer import ClipScorer, ImageSettings
 from segalign.reward_tuning.settings import StepMemory
 from segalign.rewards.batch_directions import BatchDirection
@@ -84,6 +84,10 @@ class Fails(torch.nn.Module):
 class Shares(pl.LightningDataModule):
     """Global batches of which each rank sees its own rows."""
 
+    def __init__(self, captions=CAPTIONS):
+        super().__init__()
+        self.captions = captions
+
     def loader(self, all_valid):
         trainer, batches = self.trainer, []
         size = len(CAPTIONS) // trainer.world_size
@@ -92,7 +96,7 @@ class Shares(pl.LightningDataModule):
             ids = torch.arange(len(CAPTIONS)) + 100 * number
             batches.append({
                 "sample_ids": ids[rows],
-                "captions": CAPTIONS[rows],
+                "captions": self.captions[rows],
                 "valid": torch.tensor(valid)[rows],
                 "epochs": torch.zeros(size, dtype=torch.int64),
                 "metadata": [{}] * size,
@@ -120,7 +124,7 @@ class Tuning(RewardFineTuningModule):
         start = cloned(trainable_parameters(self))
         try:
             super().training_step(batch, batch_idx)
-        except NonFiniteError as error:
+        except SegalignError as error:
             weights = cloned(trainable_parameters(self))
             keep(self.trainer, error=str(error), start=start, weights=weights)
             self.trainer.strategy.barrier()  # the first to end would take the other with it
@@ -176,7 +180,7 @@ class Watch(pl.Callback):
         )
 
 
-def train(devices, folder, precision, reward=ToyReward()):  # noqa: B008
+def train(devices, folder, precision, reward=ToyReward(), captions=CAPTIONS):  # noqa: B008
     """Train two steps and evaluate; return what each rank has found."""
     torch.manual_seed(0)
     module = Tuning(
@@ -213,7 +217,7 @@ def train(devices, folder, precision, reward=ToyReward()):  # noqa: B008
         callbacks=[Watch()],
         default_root_dir=folder,
     )
-    trainer.fit(module, Shares())
+    trainer.fit(module, Shares(captions))
     return results(folder, devices)
 
 
@@ -255,7 +259,12 @@ def compare_metrics(found, wanted, tolerance):
     # Of this rank alone, or of the clock.
     local = ("train/step_grad_norm/", "train/images_per_second", "train/tflops_per_second")
     compared = {name for name in wanted if not name.startswith(local)}
-    assert {"train/reward_mean", "train/grad_norm", "val/reward", "val/held_out/other"} < compared
+    assert {
+        "train/reward_mean",
+        "train/grad_norm",
+        "val/reward_mean",
+        "val/held_out/other",
+    } < compared
     for name in compared:
         # Lightning's means are float32.
         assert found[name].item() == pytest.approx(
@@ -271,5 +280,16 @@ def test_a_reward_that_fails_on_one_rank_ends_both_before_a_weight_moves(tmp_pat
     assert first["error"].startswith(common + "(none of this rank); no weight was changed")
     assert second["error"].startswith(common + "(6) (the reward: ")
     assert "`fails`" in second["error"]
+    for rank in (first, second):
+        assert error_of(rank["weights"], rank["start"]) == 0
+
+
+def test_a_blank_caption_of_one_rank_ends_both_before_a_weight_moves(tmp_path: Path):
+    captions = [" " if caption == BROKEN else caption for caption in CAPTIONS]
+    with pytest.raises(Exception, match="Error: expected"):
+        train(2, tmp_path, "32-true", captions=captions)
+    first, second = results(tmp_path)
+    assert first["error"].startswith("expected finite losses at step 0; got NaN or infinity for 1 ")
+    assert second["error"].startswith("expected captions with text for a reward; got blank ones ")
     for rank in (first, second):
         assert error_of(rank["weights"], rank["start"]) == 0

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import pytest
@@ -21,21 +22,28 @@ VALUES = ({1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3}, {1: 9.0, 2: 8.0, 3: 7.0, 4: 6.0})
 class Disagreeing(Painter):
     """Logs another value on each rank."""
 
+    told: ClassVar[list[list[bool]]] = []
+
     def validation_step(self, batch, batch_idx):
         value = VALUES[self.global_rank][self.global_step]
         self.log("val/held_out", value, batch_size=1, rank_zero_only=False)
 
+    def score_images(self, images, captions, valid=None):
+        self.told.append(valid.tolist())
+        return super().score_images(images, captions)
+
 
 class Calls(pl.Callback):
-    """Write what each rank has generated."""
+    """Write what each rank has generated, and which rows were no padding when it scored."""
 
     def on_fit_end(self, trainer, pl_module):
         path = Path(trainer.default_root_dir) / f"calls-{trainer.global_rank}.json"
-        path.write_text(json.dumps(pl_module.calls))
+        path.write_text(json.dumps([pl_module.calls, pl_module.told]))
 
 
-def fit(run_dir: Path, devices: int) -> list[list[tuple[list[int], str]]]:
+def fit(run_dir: Path, devices: int) -> list[tuple[list[tuple[list[int], str]], list[list[bool]]]]:
     run_dir.mkdir()
+    Disagreeing.told.clear()
     data = Captions(10)
     pl.Trainer(
         accelerator="cpu",
@@ -62,12 +70,13 @@ def fit(run_dir: Path, devices: int) -> list[list[tuple[list[int], str]]]:
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_report_what_one_does(tmp_path: Path):
     one, two = tmp_path / "one", tmp_path / "two"
-    (alone,) = fit(one, 1)
-    both = fit(two, 2)
+    ((alone, _),) = fit(one, 1)
+    both, told = zip(*fit(two, 2), strict=True)
     assert [ids for ids, _ in alone] == 3 * [[0, 1, 2], [3, 4, 5], [6]]
     # Shared out, equally many on both; the last caption fills the gap.
     assert [ids for ids, _ in both[0]] == 3 * [[0, 2, 4], [6]]
     assert [ids for ids, _ in both[1]] == 3 * [[1, 3, 5], [6]]
+    assert told == (3 * [[True] * 3, [True]], 3 * [[True] * 3, [False]])
     for run_dir in (one, two):
         assert read_best(run_dir).step == 2
         assert [checkpoint_step(path) for path in list_checkpoints(run_dir)] == [2, 4]

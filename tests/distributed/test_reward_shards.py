@@ -1,4 +1,4 @@
-"""Sharded weights (FSDP2) get the gradient that whole ones get, and are clipped alike."""
+"""Sharded weights (FSDP2) get the gradient that whole ones get, are clipped and measured alike."""
 
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from segalign.diffusion.lora import LoraSettings
 from segalign.diffusion.pretrained import PretrainedModel
 from segalign.diffusion.sampler import DDIMSampler
 from segalign.reward_tuning.gradients import average_gradients, clip_gradients
+from segalign.reward_tuning.lora_norm import lora_norm
 from segalign.reward_tuning.settings import RewardStepSettings, StepMemory
 from segalign.reward_tuning.step import RewardStep
 from segalign.rng import counter_normal
 from segalign.text.settings import TextEncoding
 from segalign.truncation.drtune import DRTune
+from segalign.truncation.step_norms import StepGradientNorms
 
 pytestmark = pytest.mark.distributed
 
@@ -38,10 +40,13 @@ def clipped(mesh, rank, sharded=()) -> dict[str, torch.Tensor]:
     for place in sharded:
         fully_shard(network[place], mesh=mesh)
     inputs = counter_normal("toy inputs", [(row,) for row in SHARES[rank]], (5,)).double()
+    norms = StepGradientNorms(network.parameters())
     network(inputs).square().sum(1).mean().backward()
     average_gradients(network.parameters())
+    norms(0)
+    assert not isinstance(norms.norms[0], DTensor)
     norm = clip_gradients(list(network.parameters()), MAX_NORM)
-    return {"norm": norm, **gradients(network)}
+    return {"norm": norm, "step_norm": norms.norms[0], **gradients(network)}
 
 
 def gradients(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -113,7 +118,7 @@ def stepped(mesh, rank, dtype) -> dict[str, torch.Tensor]:
     norm = clip_gradients(trained, MAX_NORM)
     assert len(passes) > 2
     assert all(isinstance(weight, DTensor) == (mesh is not None) for weight in trained)
-    return {"norm": norm, **found}
+    return {"norm": norm, "lora_norm": lora_norm(generator.unet), **found}
 
 
 def of_one_rank(rank: int, folder: str) -> None:

@@ -225,7 +225,7 @@ def test_stage_two_resumes_bit_identically_after_a_kill(server, tmp_path):
     assert server.wait() == 0, log.read_text()
     assert len(logged(straight, "train/loss")) == 4
     names = ("train/loss", "train/reward/common_share", "train/offset", "train/grad_norm")
-    for name in (*names, "val/held_out/pickscore", "val/reward"):
+    for name in (*names, "val/held_out/pickscore", "val/reward_mean"):
         assert logged(broken, name) == logged(straight, name), name
     for name in ("model", "optimizer", "extra"):
         one, other = (newest_checkpoint(run) / f"{name}.safetensors" for run in (straight, broken))

@@ -81,10 +81,10 @@ def test_the_recipe_tunes_lora_alone_and_logs_the_reward(tuned):
 def test_the_best_checkpoint_is_recorded_and_validated(tuned):
     best = read_best(tuned)
     assert best.step == 2
-    assert best.value == pytest.approx(column(tuned, "val/held_out/pickscore")[0])
+    assert best.value == pytest.approx(column(tuned, "val/held_out/clip_l")[0])
     assert run("validate", tuned, "--ckpt_path=best") == 0
     (row,) = rows(tuned / "logs" / "validate" / "metrics.csv")
-    assert float(row["val/held_out/pickscore"]) == pytest.approx(best.value)
+    assert float(row["val/held_out/clip_l"]) == pytest.approx(best.value)
 
 
 def test_a_run_is_used_without_the_weights_of_its_reward(tuned, tmp_path, monkeypatch):

@@ -20,7 +20,9 @@ def brightness(images: Tensor) -> dict[str, Tensor]:
 class BrightModule(LongTextDiffusionModule):
     """A real generator whose reward is how bright its images are."""
 
-    def score_images(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+    def score_images(
+        self, images: Tensor, captions: Sequence[str], valid: Tensor | None = None
+    ) -> dict[str, Tensor]:
         return brightness(images)
 
 
@@ -56,7 +58,7 @@ class Captions(pl.LightningDataModule):
 
 
 class Painter(pl.LightningModule):
-    """Its shade grows by 0.1 in each step; from 0.35 on it draws the scenes, before that, grey."""
+    """Its shade grows by 25 bytes in each step; from 0.35 on it draws scenes, before that, grey."""
 
     def __init__(self, samples, values=None):
         super().__init__()
@@ -68,7 +70,7 @@ class Painter(pl.LightningModule):
         self.strict_loading = False
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=25 / 255)
 
     def training_step(self, batch, batch_idx):
         return -self.shade.sum()
@@ -88,8 +90,12 @@ class Painter(pl.LightningModule):
         if shade > 0.35:
             drawn = torch.stack([self.pictures[caption] for caption in captions])
             return drawn.permute(0, 3, 1, 2) / 255
-        offsets = torch.tensor(list(sample_ids)).view(-1, 1, 1, 1) / 1000
+        offsets = torch.tensor(list(sample_ids)).view(-1, 1, 1, 1) / 255
         return (shade + offsets).expand(-1, 3, 24, 24)
 
-    def score_images(self, images, captions):
+    @property
+    def best_weights(self):
+        return "raw" if self.ema is None else "ema"
+
+    def score_images(self, images, captions, valid=None):
         return brightness(images)

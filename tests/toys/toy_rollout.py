@@ -53,6 +53,27 @@ class FixedNoise:
         return self.draws[60 + copy_index]
 
 
+class Lean:
+    """A network for steps without gradient, and what happened, in order.
+
+    Attributes:
+        events: Timesteps of calls, and ``released``.
+    """
+
+    def __init__(self, denoiser, events=None):
+        self.denoiser, self.events = denoiser, [] if events is None else events
+
+    def __call__(self, latents, timestep):
+        assert not torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        assert "released" not in self.events
+        self.events.append(timestep)
+        return self.denoiser(latents, timestep)
+
+    def release(self):
+        self.events.append("released")
+
+
 class Toy:
     """A network, texts, a schedule and a loss.
 

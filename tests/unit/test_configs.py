@@ -255,7 +255,7 @@ def test_longsd_has_the_settings_of_the_paper(longsd):
     assert {key: optimizer[key] for key in expected} == expected
     assert (data["content"], data["global_batch_size"]) == ("caption", 48)
     # What is monitored is not what is trained on.
-    assert longsd["checkpoint"]["monitor"] == "val/held_out/pickscore"
+    assert longsd["checkpoint"]["monitor"] == "val/held_out/clip_l"
 
 
 def test_longsd_reads_captions_as_stage_1_does(capsys, longsd):

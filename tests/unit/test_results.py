@@ -43,3 +43,41 @@ def test_the_readme_shows_the_means(preference, row):
     shown = [float(cell.strip(" *")) for cell in cells.split("|")]
     expected = [round(mean(preference, ROWS[row], column), 3) for column in COLUMNS]
     assert shown == expected
+
+
+REWARD_ROWS = {
+    "**DRTune, omega 0.3**": "DRTune, omega 0.3",
+    "DRaFT-1": "DRaFT-1",
+    "DRaFT-LV": "DRaFT-LV",
+    "AlignProp": "AlignProp",
+    "ReFL": "ReFL",
+    "DRTune, omega 0": "DRTune, omega 0",
+    "DRTune, omega 1 (no decomposition)": "DRTune, omega 1",
+}
+
+
+@pytest.fixture(scope="module")
+def reward():
+    file = ROOT / "benchmarks" / "results" / "scenes_reward.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def mean_of(runs, when, key):
+    return statistics.mean(run[when][key] for run in runs)
+
+
+def test_reward_tuning_starts_with_headroom_and_uses_it(reward):
+    runs = reward["results"]["DRTune, omega 0.3"]
+    assert len(runs) == len(reward["seeds"]) == 3
+    assert all(0.70 <= run["start"]["attributes"] <= 0.88 for run in runs)
+    assert mean_of(runs, "gain", "attributes") >= 0.05
+    assert min(run["gain"]["attributes"] for run in runs) > 0.04
+
+
+@pytest.mark.parametrize("row", REWARD_ROWS)
+def test_the_readme_shows_the_means_of_reward_tuning(reward, row):
+    (cells,) = re.findall(rf"^\| {re.escape(row)} \|(.*)\|$", README, re.MULTILINE)
+    runs = reward["results"][REWARD_ROWS[row]]
+    gains = [mean_of(runs, "gain", key) for key in ("attributes", "shape", "attributes/past_77")]
+    both = [mean_of(runs, when, "attributes") for when in ("start", "best")]
+    assert [float(cell) for cell in cells.split("|")] == [round(x, 3) for x in (*both, *gains)]

@@ -41,7 +41,7 @@ def fit(run_dir, *, max_steps=3, count=10, values=None, report=None, resume=Fals
 @pytest.fixture
 def offset():
     """Mean of the offsets of the first six captions."""
-    return sum(range(6)) / 6 / 1000
+    return sum(range(6)) / 6 / 255
 
 
 def test_before_and_after_are_means_over_the_first_captions(run_dir, offset, capsys):
@@ -49,19 +49,19 @@ def test_before_and_after_are_means_over_the_first_captions(run_dir, offset, cap
     before, after = report.figures["before"].values, report.figures["after"].values
     assert list(before) == ["reward", "reward/text_relevant", "held_out/darkness"]
     assert before["reward"] == pytest.approx(offset)
-    assert after["reward"] == pytest.approx(0.3 + offset)
-    assert after["held_out/darkness"] == pytest.approx(-0.3 - offset)
+    assert after["reward"] == pytest.approx(75 / 255 + offset)
+    assert after["held_out/darkness"] == pytest.approx(-75 / 255 - offset)
     assert [ids for ids, _ in module.calls] == 2 * [[0, 1, 2, 3], [4, 5]]
     assert "best" not in report.figures
     text = (run_dir / "report.md").read_text()
     assert "| measure | before | after | change (after - before) |" in text
-    assert f"| reward | {offset:.4f} | {0.3 + offset:.4f} | +0.3000 |" in text
+    assert f"| reward | {offset:.4f} | {75 / 255 + offset:.4f} | +{75 / 255:.4f} |" in text
     assert "images of the first 6 validation captions" in text
     assert "Rewards before and after" in capsys.readouterr().out
     assert Image.open(run_dir / "report.png").size[0] > 500
 
 
-@pytest.mark.parametrize("weights", ["raw", "ema"])
+@pytest.mark.parametrize("weights", ["raw", "ema", None])
 def test_the_best_checkpoint_is_scored_and_the_weights_return(run_dir, offset, weights):
     report = RewardReport(num_captions=6, num_pictures=2, weights=weights)
     module, report = fit(
@@ -72,12 +72,14 @@ def test_the_best_checkpoint_is_scored_and_the_weights_return(run_dir, offset, w
         callbacks=[EMA(decay=0.5, warmup=False)],
         with_facts=False,
     )
-    # The average of 0, 0.1, 0.2, halved at every step.
-    expected = {"raw": 0.2, "ema": 0.125}[weights]
+    # In bytes, rounded; the average is of 0, 25, 50, halved at every step.
+    expected = {"raw": 50, "ema": 31, None: 31}[weights] / 255
     assert report.best_step == 2
     assert report.figures["best"].values["reward"] == pytest.approx(expected + offset)
-    assert module.shade.item() == pytest.approx(0.3)
-    assert module.ema.weights["shade"].item() == pytest.approx(0.2125)
+    assert module.shade.item() == pytest.approx(75 / 255)
+    assert module.ema.weights["shade"].item() == pytest.approx(53.125 / 255)
+    averaged = "raw" if weights == "raw" else "averaged"
+    assert f"noise of seed 1234; {averaged} weights." in (run_dir / "report.md").read_text()
     text = (run_dir / "report.md").read_text()
     assert "| measure | before | after | best (step 2) | change (best - before) |" in text
     assert f"| +{expected:.4f} |" in text
@@ -107,8 +109,94 @@ def test_before_survives_a_resume(run_dir, offset):
     module, report = fit(run_dir, max_steps=3, resume=True)
     assert report.figures["before"].values == first.figures["before"].values
     assert torch.equal(report.figures["before"].pictures, first.figures["before"].pictures)
-    assert report.figures["after"].values["reward"] == pytest.approx(0.3 + offset)
+    assert report.figures["after"].values["reward"] == pytest.approx(75 / 255 + offset)
     assert len(module.calls) == 2
+
+
+def test_a_resume_without_images_of_the_start_shows_what_there_is(run_dir, caplog):
+    fit(run_dir, max_steps=2)
+    (run_dir / "report.md").unlink()
+    (run_dir / "report" / "before" / "00001.png").unlink()
+    with caplog.at_level(logging.WARNING):
+        _, report = fit(run_dir, max_steps=3, resume=True, with_facts=False)
+    warned = [one.getMessage() for one in caplog.records if "no `before`" in one.getMessage()]
+    folder = run_dir / "report" / "before"
+    assert warned == [
+        f"the report has no `before`: 1 of 6 images in `{folder}` are missing",
+    ]
+    assert set(report.figures) == {"after"}
+    reward = report.figures["after"].values["reward"]
+    text = (run_dir / "report.md").read_text()
+    assert f"| reward | - | {reward:.4f} | - |" in text
+    assert "| measure | before | after | change (after - before) |" in text
+
+
+class Learning(Painter):
+    """Its reward learns in training: images of the same weights are worth more later."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def score_images(self, images, captions, valid=None):
+        scores = super().score_images(images, captions)
+        return {name: values + self.global_step for name, values in scores.items()}
+
+
+def test_all_moments_are_scored_by_the_reward_of_the_end(run_dir, offset):
+    data = Captions(10)
+    _, report = fit(run_dir, module=Learning(data.samples))
+    before, after = report.figures["before"], report.figures["after"]
+    assert before.values == after.values
+    assert before.values["reward"] == pytest.approx(3 + offset)
+    assert torch.equal(before.pictures, after.pictures)
+
+
+class Breaking(Painter):
+    """The second image overflows; from the second step on, one more does."""
+
+    def paint(self, captions, sample_ids):
+        images = super().paint(captions, sample_ids).clone()
+        for row, sample_id in enumerate(sample_ids):
+            if sample_id == 1 or (sample_id == 4 and self.shade > 0.15):
+                images[row, 0, :2] = torch.nan
+        return images
+
+
+def test_images_that_are_not_finite_are_left_out_and_counted(run_dir, caplog):
+    data = Captions(10)
+    with caplog.at_level(logging.WARNING):
+        _, report = fit(run_dir, module=Breaking(data.samples))
+    before, after = report.figures["before"], report.figures["after"]
+    assert (before.num_non_finite, after.num_non_finite) == (1, 2)
+    assert before.values["reward"] == pytest.approx((0 + 2 + 3 + 4 + 5) / 5 / 255)
+    assert after.values["reward"] == pytest.approx(75 / 255 + (0 + 2 + 3 + 5) / 4 / 255)
+    found = "1 of `before`, 2 of `after`"
+    warned = [one.getMessage() for one in caplog.records if "not finite" in one.getMessage()]
+    assert warned == [f"images of the report are not finite: {found}"]
+    text = (run_dir / "report.md").read_text()
+    assert f"Means of rewards leave out images that are not finite: {found}." in text
+
+
+def test_rewards_that_are_nowhere_finite_have_no_mean(run_dir):
+    class Overflowing(Painter):
+        def score_images(self, images, captions, valid=None):
+            scores = super().score_images(images, captions)
+            return scores | {"reward": scores["reward"] * torch.nan}
+
+    fit(run_dir, module=Overflowing(Captions(10).samples))
+    assert "| reward | - | - | - |" in (run_dir / "report.md").read_text()
+
+
+def test_padding_rows_are_told(run_dir):
+    told = []
+
+    class Telling(Painter):
+        def score_images(self, images, captions, valid=None):
+            told.append((len(captions), valid.tolist()))
+            return super().score_images(images, captions)
+
+    fit(run_dir, module=Telling(Captions(10).samples), max_steps=1)
+    assert told == 2 * [(4, [True] * 4), (2, [True] * 2)]
 
 
 def test_a_finished_run_shows_its_report_or_makes_it_up(run_dir, capsys):

@@ -1,6 +1,8 @@
 """Rollouts: the lean calls give what the plain ones do, and leave the network as it is."""
 
 import copy
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,6 +206,30 @@ def test_gradients_can_be_taken_between_calls(unet, latents):
     for one, two, three in zip(found, again, expected, strict=True):
         assert torch.equal(one, three)
         assert torch.equal(two, three)
+
+
+def test_a_release_gives_the_memory_back_before_the_block_ends(unet, latents):
+    positive = make_text(1)
+    positive = replace(positive, prompt_embeds=positive.prompt_embeds.float())  # cast for float64
+    rollout = Rollout(make_generator(unet), RolloutSettings(**EVERYTHING))
+    with rollout.denoiser(positive, make_text(2, (3, 3)), GUIDANCE) as denoise:
+        denoise(latents, 500)
+        held = [
+            *(weakref.ref(stand_in.weight) for stand_in in rollout._lora._stand_ins.values()),
+            *(weakref.ref(tensor) for stand_in in rollout._cache._stand_ins.values()
+              for pair in stand_in.known for tensor in pair),
+        ]  # fmt: skip
+        assert len(held) > 20
+        assert all(one() is not None for one in held)
+        denoise.release()
+        assert all(one() is None for one in held)
+        denoise.release()
+        with pytest.raises(RuntimeError, match="expected a call before the rollout's release"):
+            denoise(latents, 500)
+        with pytest.raises(RuntimeError, match="one rollout at a time"):
+            rollout.denoiser(positive, None, Guidance()).__enter__()
+    with rollout.denoiser(positive, None, Guidance()) as denoise:
+        denoise(latents, 500)
 
 
 @pytest.mark.parametrize("fails", [False, True])

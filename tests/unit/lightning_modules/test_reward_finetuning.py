@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from toy_tuning import (
     Brightness,
@@ -31,13 +32,14 @@ from segalign.diffusion.step_cost import StepCost
 from segalign.errors import ConfigError, DataError, NonFiniteError
 from segalign.reward_tuning.denoising import denoising_gradient
 from segalign.reward_tuning.settings import PenaltySettings, StepMemory
+from segalign.rewards.bound_reward import RewardTerms
 from segalign.rewards.common_direction import EmaDirection
 from segalign.rewards.mixture import RewardMixture, WeightedReward
 from segalign.run_format import read_tensors, save_checkpoint
 from segalign.text.settings import T5Branch, TextEncoding
 from segalign.trainable import trainable_parameters, trainable_state_dict
 from segalign.truncation.chain import Chain
-from segalign.truncation.draft import DRaFT
+from segalign.truncation.draft import DRaFT, DRaFTLV
 from segalign.truncation.drtune import DRTune
 from segalign.truncation.refl import ReFL
 
@@ -173,6 +175,31 @@ def test_a_step_logs_what_its_reward_is_made_of_and_how_its_gradient_is(tmp_path
         assert row["offset"] == plan.train_steps[0]
         factors = Chain.of(STEPS, module.generator.schedule, plan).trained_factors
         assert row["factor_sum"] == pytest.approx(sum(map(abs, factors.values())), rel=1e-6)
+
+
+def test_renoised_copies_are_logged_beside_the_images_own_reward(tmp_path):
+    module = build(redness, strategy=DRaFTLV(num_renoised=2))
+    for row in train_rows(fit(module, tmp_path)):
+        assert row["loss"] == pytest.approx(-row["reward_mean"], rel=1e-5)
+        assert abs(row["reward/renoised"] - row["reward_mean"]) > 1e-5
+
+
+def test_texts_are_read_once_a_step(tmp_path):
+    """Captions, and the negative prompt, whatever is sampled at a time and also learnt from."""
+    module = build(
+        Brightness(), diffusion_weight=0.5, memory=StepMemory(rollout_batch_size=1)
+    )  # fmt: skip
+    module.configure_model()
+    read, encode = [], module.conditioner.forward
+
+    def watched(captions):
+        assert not torch.is_grad_enabled()
+        read.append(len(captions))
+        return encode(captions)
+
+    module.conditioner.forward = watched
+    fit(module, tmp_path, 2, data=Captions(images=True))
+    assert read == [3, 1] * 2
 
 
 def test_one_trained_step_has_the_whole_gradient(tmp_path):
@@ -361,17 +388,18 @@ def test_validation_scores_by_the_reward_and_by_those_that_are_held_out(tmp_path
     reward, held_out = Brightness(), Brightness()
     module = build(reward, held_out={"bright": Known(held_out), "clip": ClipSource()})
     trainer = fit(module, tmp_path, limit_val_batches=1.0, val_check_interval=1)
-    (row, other) = (row for row in trainer.logger.rows if "val/reward" in row)
+    (row, other) = (row for row in trainer.logger.rows if "val/reward_mean" in row)
     parts = {f"val/held_out/clip/{name}" for name in ("text_relevant", "text_irrelevant",
                                                       "common_share")}  # fmt: skip
-    assert {"val/reward", "val/held_out/bright", "val/held_out/clip"} | parts == {
+    names = {"reward_mean", "held_out/bright", "held_out/clip", "non_finite_images"}
+    assert {f"val/{name}" for name in names} | parts == {
         name for name in row if name.startswith("val/")
     }
     batch = CaptionStream(50, (True, True, False), False).batch(50)
     images = module.generate(batch["captions"], batch["sample_ids"].tolist(), module.eval_seed)
     expected = images[:2].mean().item()  # the third row is not valid
-    assert other["val/reward"] == pytest.approx(expected, rel=1e-5)
-    assert other["val/held_out/bright"] == other["val/reward"] != row["val/reward"]
+    assert other["val/reward_mean"] == pytest.approx(expected, rel=1e-5)
+    assert other["val/held_out/bright"] == other["val/reward_mean"] != row["val/reward_mean"]
     # Watching needs no gradient; training does, and leaves what is held out alone.
     assert held_out.calls == [(False, False)] * 2
     assert reward.calls.count((True, True)) == 2
@@ -465,8 +493,11 @@ def test_the_denoising_loss_is_added_with_its_factor(tmp_path):
         found[factor] = weights(module), row
     plain = build(lora=None)
     plain.configure_model()
+    data = CaptionStream(0, (True,) * 3, True).batch(0)
+    with torch.no_grad():
+        text = plain.generator.conditioner(data["captions"])
     losses = denoising_gradient(
-        plain.generator, plain.diffusion_loss, CaptionStream(0, (True,) * 3, True).batch(0), 0,
+        plain.generator, plain.diffusion_loss, data, text, 0,
         weight=0.5, batch_size=None, backward=lambda loss, _is_last: loss.backward(),
     )  # fmt: skip
     for name, weight in trainable_parameters(plain).items():
@@ -498,6 +529,18 @@ REFUSED_SETTINGS = {
     "replay of a sampler that clips": (
         {"engine": "replay", "rollout_sampler": ClippedSampler(num_inference_steps=3)},
         r"expected a strategy that `engine: replay` can serve; got one that comes with a sampler ",
+    ),
+    "a divergence without noise": (
+        {"penalty": KL},
+        r"expected DDIM with `eta` > 0, .* for a penalty of kind `kl`; got DDIMSampler",
+    ),
+    "a divergence of the last step": (
+        {
+            "penalty": KL,
+            "strategy": DRaFT(),
+            "rollout_sampler": DDIMSampler(num_inference_steps=3, eta=1.0),
+        },
+        r"expected a strategy that trains steps with injected noise .* got `DRaFT`, which ",
     ),
     "replay of attached inputs": (
         {"engine": "replay", "strategy": DRaFT(num_train_steps=2)},
@@ -538,10 +581,6 @@ REFUSED_MODELS = {
         {"text": TextEncoding(context="t5", t5=T5Branch(init="random", model="tiny"))},
         r"expected the denoising network alone .* `text\.t5\.train_adapter` to false",
     ),
-    "a divergence of the last step": (
-        {"penalty": KL, "strategy": DRaFT()},
-        r"expected a strategy that trains steps with injected noise .* got `DRaFT`, which ",
-    ),
 }
 
 
@@ -558,6 +597,10 @@ def test_models_that_cannot_be_trained_are_refused_when_they_are_built(case):
         ({"gradient_clip_val": 1.0}, r".*`trainer\.gradient_clip_val` 1\.0; .*max_grad_norm"),
         ({"accumulate_grad_batches": 2}, r".*`trainer\.accumulate_grad_batches` 2; leave it out"),
         ({"precision": "16-true"}, r".*`trainer\.precision` 16-true; use `bf16-mixed` or "),
+        (
+            {"precision": "bf16-true"},
+            r"expected trained weights in float32; .*`bf16-mixed`",
+        ),
     ],
 )
 def test_settings_of_the_trainer_that_cannot_be_followed_are_refused(settings, message, tmp_path):
@@ -570,12 +613,20 @@ def test_half_precision_is_refused_on_every_device():
     fitting = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).state
     fitting.fn = "fit"
     trainer = SimpleNamespace(
-        state=fitting, gradient_clip_val=None, accumulate_grad_batches=1, precision="16-mixed"
+        state=fitting,
+        gradient_clip_val=None,
+        accumulate_grad_batches=1,
+        precision="16-mixed",
+        strategy=DDPStrategy(),
     )
     with one_line(ConfigError, r".*got `trainer\.precision` 16-mixed; use `bf16-mixed` or "):
         check_trainer(trainer)
     trainer.precision = "bf16-mixed"
     check_trainer(trainer)
+    for sharded in (FSDPStrategy(), ModelParallelStrategy()):
+        trainer.strategy = sharded
+        with one_line(ConfigError, rf".*got `{type(sharded).__name__}`; use `ddp`"):
+            check_trainer(trainer)
 
 
 REFUSED_DATA = {
@@ -595,9 +646,6 @@ REFUSED_DATA = {
         {"global_batch_size": 1},
         {"reward": ClipSource()},
         r"expected at least 2 captions in a global batch .* got 1, ",
-    ),
-    "a divergence without noise": (
-        {}, {"penalty": KL}, r"expected steps that inject noise for a penalty of .*; got none"
     ),
 }  # fmt: skip
 
@@ -639,6 +687,54 @@ def test_a_reward_that_is_not_finite_ends_the_run_by_its_name(tmp_path):
     with one_line(NonFiniteError, message):
         fit(module, tmp_path)
     assert_equal(weights(module), start())
+
+
+def test_a_copy_that_is_not_finite_ends_the_run_by_its_name(tmp_path):
+    def broken(images, captions):
+        calls.append(len(images))
+        return images.mean(dim=(1, 2, 3)) * (math.nan if len(calls) == 3 else 1.0)
+
+    calls = []
+    module = build(broken, strategy=DRaFTLV(num_renoised=2))
+    message = (
+        r"expected finite losses at step 0; got NaN or infinity for 3 samples \(0, 1, 2\) "
+        r"\(the reward: `rewards` for rows \[0, 1, 2\]\); no weight was changed; "
+    )
+    with one_line(NonFiniteError, message):
+        fit(module, tmp_path)
+    assert_equal(weights(module), start())
+
+
+def test_a_penalty_that_is_not_finite_ends_the_run_by_its_name(tmp_path):
+    settings = {"lora": None, "penalty": PenaltySettings()}
+    module = build(Brightness(), **settings)
+    module.configure_model()
+    module.reference_unet.conv_out.bias.data.fill_(math.nan)
+    message = (
+        r"expected finite losses at step 0; got NaN or infinity for 3 samples \(0, 1, 2\) "
+        r"\(the penalty for rows \[0, 1, 2\]\); no weight was changed; "
+    )
+    with one_line(NonFiniteError, message):
+        fit(module, tmp_path)
+    assert_equal(weights(module), start(**settings))
+
+
+def test_a_part_that_is_not_finite_is_named_where_losses_are_finite(tmp_path):
+    class Odd:
+        def bind(self, captions):
+            def call(images, rows):
+                means = images.mean(dim=(1, 2, 3))
+                steep = (means - means.detach()).abs().sqrt()
+                return RewardTerms(steep, {"odd": means.detach() / 0})
+
+            return call
+
+    message = (
+        r"expected a finite gradient at step 0; got NaN or infinity, with losses that are finite "
+        r"\(the reward: `odd` for rows \[0, 1, 2\]\); no weight was changed; "
+    )
+    with one_line(NonFiniteError, message):
+        fit(build(Odd()), tmp_path)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):

@@ -30,9 +30,15 @@ def find(model, made, size=None, backwards=None):
 
     model.unet.zero_grad(set_to_none=True)
     losses = denoising_gradient(
-        model, OBJECTIVE, made, STEP, weight=WEIGHT, batch_size=size, backward=backward
+        model, OBJECTIVE, made, read(), STEP, weight=WEIGHT, batch_size=size, backward=backward
     )
     return gradients(model.unet), losses
+
+
+def read():
+    """Encode the captions, as the step does that the loss is a part of."""
+    with torch.no_grad():
+        return base()[1](CAPTIONS)
 
 
 def written_out(model, made, rows):
@@ -43,8 +49,7 @@ def written_out(model, made, rows):
     noise = counter_normal("training noise", keys, (4, 4, 4)).double()
     squared = model.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     latents = squared.sqrt() * CODEC.encode(made["images"]) + (1 - squared).sqrt() * noise
-    with torch.no_grad():
-        text = base()[1](CAPTIONS).prompt_embeds.double()
+    text = read().prompt_embeds.double()
     output = model.unet(latents[rows], timesteps[rows], encoder_hidden_states=text[rows]).sample
     losses = WEIGHT * (output - noise[rows]).square().flatten(1).mean(1)
     (losses.sum() / len(EPOCHS)).backward()
@@ -77,7 +82,7 @@ def test_it_is_added_to_what_is_there():
     model, made = generator(), data()
     once, _ = find(model, made)
     denoising_gradient(
-        model, OBJECTIVE, made, STEP, weight=WEIGHT, batch_size=None,
+        model, OBJECTIVE, made, read(), STEP, weight=WEIGHT, batch_size=None,
         backward=lambda loss, _is_last: loss.backward(),
     )  # fmt: skip
     doubled = {name: 2 * gradient for name, gradient in once.items()}

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from segalign.reward_tuning.gradients import average_gradients, clip_gradients
@@ -78,15 +77,6 @@ def test_gradients_keep_their_shapes(collectives):
     parameter.grad = torch.arange(6.0).view(2, 3)
     average_gradients([parameter])
     torch.testing.assert_close(parameter.grad, (torch.arange(6.0).view(2, 3) + 1) / 2)
-
-
-@pytest.fixture
-def mesh():
-    distributed.init_process_group(
-        "gloo", store=distributed.HashStore(), rank=0, world_size=1
-    )  # fmt: skip
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
 
 
 def test_sharded_gradients_are_left_alone_but_clipped_with_the_others(mesh, monkeypatch):

@@ -1,5 +1,8 @@
 """Settings of a step: which engine serves them, and what is refused before anything is sampled."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from segalign.diffusion.clipped_sampler import ClippedSampler
@@ -22,6 +25,7 @@ from segalign.truncation.replay import ReplayEngine
 
 CLIPPED = ClippedSampler(num_inference_steps=10)
 RESCALED = DDIMSampler(num_inference_steps=10, guidance_scale=3.0, guidance_rescale=0.5)
+NOISY = DDIMSampler(num_inference_steps=10, eta=0.5)
 REPLAYED = [
     DRTune(), DRTune(early_stop=4), LongAlign(), ReFL(first_step=7, last_step=9), DRaFT(),
     DRaFTLV(), AlignProp(start="fixed"),
@@ -120,7 +124,7 @@ def test_a_divergence_needs_steps_before_the_last(strategy):
         rf"`{type(strategy).__name__}`, which trains the last one alone; use kind `l2`$"
     )
     with pytest.raises(ConfigError, match=message):
-        check_penalty(PenaltySettings(kind="kl"), settings(strategy))
+        check_penalty(PenaltySettings(kind="kl"), settings(strategy, sampler=NOISY))
     check_penalty(PenaltySettings(kind="l2"), settings(strategy))
     check_penalty(None, settings(strategy))
 
@@ -134,5 +138,29 @@ class LastStepAtFirst:
 
 
 def test_a_strategy_that_draws_the_last_step_by_chance_may_have_a_divergence():
-    check_penalty(PenaltySettings(kind="kl"), settings(LastStepAtFirst()))
-    check_penalty(PenaltySettings(kind="kl"), settings(DRTune(num_train_steps=5)))
+    check_penalty(PenaltySettings(kind="kl"), settings(LastStepAtFirst(), sampler=NOISY))
+    check_penalty(PenaltySettings(kind="kl"), settings(DRTune(num_train_steps=5), sampler=NOISY))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        DDIMSampler(num_inference_steps=10),
+        CLIPPED,
+        EulerSampler(num_inference_steps=10),
+        replace(NOISY, guidance_scale=2.0, guidance_rescale=0.5),
+    ],
+)
+def test_a_divergence_needs_linear_steps_with_noise(sampler):
+    with pytest.raises(
+        ConfigError, match=r"^expected DDIM with `eta` > 0, [^\n]*or use kind `l2`$"
+    ):
+        check_penalty(PenaltySettings(kind="kl"), settings(sampler=sampler))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("kind", "L3"), ("weight", -1.0), ("weight", math.nan)]
+)
+def test_penalties_that_make_no_sense_refuse_themselves(name, value):
+    with pytest.raises(ConfigError, match=rf"^penalty `{name}` must be [^\n]*got"):
+        PenaltySettings(**{name: value})

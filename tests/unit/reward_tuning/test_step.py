@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -31,7 +32,9 @@ from segalign.rewards.latent_loss import RewardObjective
 from segalign.rewards.mixture import RewardMixture, WeightedReward
 from segalign.truncation.draft import DRaFT, DRaFTLV
 from segalign.truncation.drtune import DRTune, LongAlign
+from segalign.truncation.plan import TruncationPlan
 from segalign.truncation.refl import ReFL
+from segalign.truncation.step_norms import StepGradientNorms
 
 EXACT = 1e-10
 FIRST_INVALID = (False, True, True, True)
@@ -276,7 +279,39 @@ def test_a_reward_that_is_not_finite_is_reported_and_not_raised():
     step = make_step(DRTune(num_train_steps=2), reward=RewardMixture(parts))
     _, report = run(step)
     assert report.losses.isfinite().tolist() == [True, False, True, True]
-    assert report.non_finite() == "`bad` for rows [1]"
+    assert report.totals.isfinite().tolist() == [True, False, True, True]
+    assert report.non_finite() == "the reward: `bad` for rows [1]"
+
+
+@pytest.mark.parametrize("engine", ["replay", "graph"])
+def test_a_copy_whose_reward_is_not_finite_is_reported(engine):
+    def broken(images, captions):
+        """NaN at the second call, which is of the first copy."""
+        calls.append(len(images))
+        signs = [math.nan if len(calls) == 2 and c == "Two owls." else 1.0 for c in captions]
+        return images.mean(dim=(1, 2, 3)) * images.new_tensor(signs)
+
+    calls = []
+    _, report = run(make_step(DRaFTLV(num_renoised=2), reward=broken, engine=engine))
+    assert calls == [4, 4, 4]
+    assert report.losses.isfinite().all()
+    assert report.totals.isfinite().tolist() == [True, False, True, True]
+    assert report.non_finite() == "the reward: `rewards` for rows [1]"
+
+
+@pytest.mark.parametrize("engine", ["replay", "graph"])
+def test_a_penalty_that_is_not_finite_is_reported(engine):
+    reference = generator(unet=perturbed())
+    with torch.no_grad():
+        reference.unet.conv_out.bias.fill_(math.nan)
+    step = make_step(
+        DRTune(num_train_steps=2), reference=reference, engine=engine,
+        penalty=PenaltySettings(), memory=StepMemory(rollout_batch_size=3),
+    )  # fmt: skip
+    _, report = run(step, batch(FIRST_INVALID))
+    assert report.losses.isfinite().all()
+    assert not report.totals[1:].isfinite().any()
+    assert report.non_finite() == "the penalty for rows [1, 2, 3]"
 
 
 def test_a_reward_without_gradient_is_refused_by_its_name():
@@ -329,22 +364,109 @@ def test_strategies_that_attach_inputs_and_samplers_that_clip_are_recorded():
 
 
 def test_renoised_copies_are_scored_too():
-    found = [
-        run(make_step(DRaFTLV(num_renoised=2), engine=engine))[0] for engine in ("replay", "graph")
+    runs = [
+        run(make_step(DRaFTLV(num_renoised=2), engine=engine, memory=memory))
+        for engine, memory in (("replay", StepMemory()), ("graph", StepMemory(replay_batch_size=3)))
     ]
-    assert largest_difference(*found) <= EXACT
-    plain, _ = run(make_step(DRaFT(num_train_steps=1)))
-    assert largest_difference(found[0], plain) > 0.1
+    assert largest_difference(runs[0][0], runs[1][0]) <= EXACT
+    plain, expected = run(make_step(DRaFT(num_train_steps=1)))
+    assert largest_difference(runs[0][0], plain) > 0.1
+    for _, report in runs:  # what is reported is the image's own, and the copies' beside it
+        assert report.rewards.keys() == expected.rewards.keys() | {"renoised"}
+        for name, values in expected.rewards.items():
+            torch.testing.assert_close(report.rewards[name], values, rtol=EXACT, atol=1e-12)
+        copies = -report.renoised_losses.mean(0) * 4 / 2  # four samples, a scale of two
+        assert report.renoised_losses.shape == (2, 4)
+        torch.testing.assert_close(report.rewards["renoised"], copies, rtol=EXACT, atol=0)
+        assert (copies - values).abs().min() > 1e-6
 
 
 @pytest.mark.parametrize("size", [None, 2, 4, 5])
 def test_trained_steps_are_told_one_after_the_other_where_they_come_alone(size):
     """Pairs of several steps in one call have no gradient of their own; parts show the last."""
-    told = []
     step = make_step(DRTune(num_train_steps=2), memory=StepMemory(replay_batch_size=size))
-    _, report = run(step, after_step=told.append)
-    assert told == ([] if size == 5 else list(report.plan.train_steps))
-    step = make_step(DRTune(num_train_steps=2), memory=StepMemory(rollout_batch_size=2))
-    told.clear()
-    run(step, after_step=told.append)
-    assert told == list(report.plan.train_steps)
+    norms = StepGradientNorms(step.generator.unet.parameters())
+    _, report = run(step, observer=norms)
+    assert list(norms.norms) == ([] if size == 5 else list(report.plan.train_steps))
+
+
+def test_step_norms_of_a_batch_in_parts_are_those_of_the_last_part():
+    """The gradient of the parts before is no part of the first step's."""
+    memory = StepMemory(rollout_batch_size=3)
+    step = make_step(DRTune(num_train_steps=2), memory=memory, reward=brightness)
+    norms = StepGradientNorms(step.generator.unet.parameters())
+    whole, report = run(step, observer=norms)
+    for index in report.plan.train_steps:
+        # One row alone is left, of a reward that does not compare captions.
+        alone = make_step(Chosen(index), memory=memory, reward=brightness)
+        last, _ = run(alone, batch((False, False, False, True)))
+        expected = torch.stack([gradient.norm() for gradient in last.values()]).norm()
+        torch.testing.assert_close(norms.norms[index], expected, rtol=1e-9, atol=0)
+        assert expected < 0.7 * torch.stack([gradient.norm() for gradient in whole.values()]).norm()
+
+
+def brightness(images, captions):
+    return images.square().mean(dim=(1, 2, 3))
+
+
+class Chosen:
+    """A strategy that trains one given step."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def plan(self, num_steps, seed, step):
+        return TruncationPlan(
+            num_steps=num_steps, train_steps=(self.index,), last_step=num_steps - 1,
+            detach_input=True,
+        )  # fmt: skip
+
+
+MERGED = RolloutSettings(merge_lora=True, cache_text=True)
+
+
+def held_by(rollout):
+    """Refer weakly to merged weights and to cached keys and values."""
+    merged = rollout._lora._stand_ins
+    assert merged
+    tensors = [
+        *(module.weight for layer, module in merged.items()
+          if module.weight is not layer.get_base_layer().weight),
+        *(projected for stand_in in rollout._cache._stand_ins.values()
+          for _, projected in stand_in.known),
+    ]  # fmt: skip
+    return [weakref.ref(tensor) for tensor in tensors]
+
+
+@pytest.mark.parametrize(
+    "strategy", [DRTune(num_train_steps=2), DRaFTLV(num_renoised=2)], ids=["steps", "copies"]
+)
+def test_nothing_merged_or_cached_is_alive_when_images_are_decoded_and_steps_replayed(strategy):
+    unet = with_lora()
+    expected, _ = run(make_step(strategy, unet=unet, rollout=RolloutSettings(merge_lora=False)))
+    held, alive = [], []
+
+    def look():
+        alive.append(sum(one() is not None for one in held))
+
+    def decode(latents):
+        look()
+        return CODEC.decode(latents)
+
+    def backward(loss, _is_last):
+        look()
+        loss.backward()
+
+    step = make_step(strategy, unet=unet, rollout=MERGED, decode=decode)
+
+    def note(*_):
+        if not held:
+            held.extend(held_by(step.rollout))
+
+    hook = unet.register_forward_hook(note)
+    ours, _ = run(step, backward=backward)
+    hook.remove()
+    assert len(held) > 10
+    assert len(alive) > 2
+    assert not any(alive)
+    assert largest_difference(ours, expected) <= EXACT

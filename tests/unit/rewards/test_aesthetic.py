@@ -12,6 +12,7 @@ from segalign.rewards.aesthetic import (
     aesthetic_head,
     load_aesthetic_head,
 )
+from segalign.rewards.bound_reward import bind_reward
 from segalign.rewards.image_preprocessing import ImagePreprocessing
 
 CAPTIONS = ["an owl", "a fox"]
@@ -68,6 +69,21 @@ def test_the_gradient_is_exact(any_scorer):
     assert torch.autograd.gradcheck(
         lambda x: reward(x, CAPTIONS[:1]), images, fast_mode=True, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bound_one_gives_the_same_values_unchecked(scorer, images, dtype, monkeypatch):
+    reward, images = AestheticReward(scorer, aesthetic_head(12), crop=20), images.to(dtype)
+    expected = reward(images, CAPTIONS)
+    for check in ("check_batch", "check_features"):
+        monkeypatch.delattr(f"segalign.rewards.aesthetic.{check}")
+    bound = bind_reward(reward, CAPTIONS)
+    nn.ModuleList([reward]).requires_grad_(True)
+    reward.head.train()
+    found = bound(images, torch.arange(2)).rewards
+    assert torch.equal(found, expected)
+    assert found.dtype == dtype
+    assert not any(p.requires_grad for p in reward.parameters())
 
 
 def test_a_parent_cannot_train_it(scorer, images):

@@ -6,11 +6,12 @@ from torch import nn
 
 from segalign.errors import ConfigError, DataError
 from segalign.rewards.aesthetic import AestheticReward, aesthetic_head
-from segalign.rewards.bound_reward import bind_reward
+from segalign.rewards.bound_reward import RewardTerms, bind_reward
 from segalign.rewards.clip_reward import ClipReward
 from segalign.rewards.common_direction import BatchDirection, EmaDirection
 from segalign.rewards.decomposition import reweight
 from segalign.rewards.mixture import RewardMixture, WeightedReward
+from segalign.rewards.protocol import check_batch
 from segalign.text.segmenter import SentenceSegmenter
 
 CAPTIONS = [
@@ -169,20 +170,123 @@ def test_a_mixture_names_its_parts(reward, images):
         assert torch.equal(found.parts[name], values)
 
 
-def test_other_rewards_are_called_with_the_rows_captions(make_hugging_face, images):
-    looks = AestheticReward(make_hugging_face(), aesthetic_head(12))
-    found = in_chunks(bind_reward(looks, CAPTIONS), images.float(), 2)
-    expected = looks(images.float(), CAPTIONS)
-    torch.testing.assert_close(torch.cat([t.rewards for t in found]), expected)
+def test_other_rewards_are_called_with_the_rows_captions(images):
+    images.requires_grad_()
+    found = in_chunks(bind_reward(brightness, CAPTIONS), images, 2)
+    rewards, expected = torch.cat([t.rewards for t in found]), brightness(images, CAPTIONS)
+    assert torch.equal(rewards, expected)
+    gradients = [torch.autograd.grad(each.sum(), images)[0] for each in (rewards, expected)]
+    assert torch.equal(*gradients)
     assert found[0].parts == {}
 
 
-def test_what_is_not_finite_is_handed_on_row_by_row(reward, images):
-    images[1] = torch.nan
-    found = bind_reward(mixed(reward), CAPTIONS)(images, whole(images))
-    others = torch.tensor([0, 2, 3, 4])
-    assert found.parts["text"][1].isnan()
-    assert found.rewards[others].isfinite().all()
+@pytest.mark.parametrize("kind", ["mixture", "looks", "plain"])
+def test_what_is_not_finite_is_handed_on_row_by_row(reward, make_hugging_face, images, kind):
+    def plain(images, captions):
+        check_batch(images, captions)
+        return brightness(images, captions)
+
+    if kind != "mixture":
+        looks = AestheticReward(make_hugging_face(), aesthetic_head(12)).double()
+        reward = looks if kind == "looks" else plain
+    given = mixed(reward) if kind == "mixture" else reward
+    expected = given(images, CAPTIONS)
+    damaged = images.clone()
+    damaged[1], damaged[3, 0, 2, 2] = torch.nan, torch.inf
+    damaged.requires_grad_()
+    found = bind_reward(given, CAPTIONS)(damaged, whole(images)).rewards
+    assert found.isnan().tolist() == [False, True, False, True, False]
+    others = torch.tensor([0, 2, 4])
+    torch.testing.assert_close(found[others], expected[others], **EXACT)
+    (gradient,) = torch.autograd.grad(found.sum(), damaged)
+    assert gradient[others].isfinite().all()
+    assert gradient[[0, 4]].flatten(1).norm(dim=1).min() > 0
+
+
+def keep(*rows):
+    return torch.tensor([row in rows for row in range(5)])
+
+
+@pytest.mark.parametrize("estimate", [BatchDirection, EmaDirection])
+@pytest.mark.parametrize("is_told", [True, False], ids=["told", "counted-for"])
+def test_captions_that_do_not_count_change_no_direction(
+    make_hugging_face, images, estimate, is_told
+):
+    """Whether the estimate knows of them, or is only given the others."""
+    reward, alone, plain = (decomposed(make_hugging_face(), estimate()) for _ in "abc")
+    if is_told:
+        for one in (reward, alone):
+            one.common_direction = one.common_direction.estimate
+    rows = torch.tensor([0, 3])
+    captions = [CAPTIONS[row] for row in rows]
+    mixture = mixed(reward)
+    found = bind_reward(mixture, CAPTIONS, counted=keep(0, 3))(images[rows], rows)
+    expected = bind_reward(mixed(alone), captions)(images[rows], torch.arange(2))
+    for name, values in expected.parts.items():
+        torch.testing.assert_close(found.parts[name], values, **EXACT)
+    torch.testing.assert_close(found.rewards, expected.rewards, **EXACT)
+    everything = bind_reward(mixed(plain), CAPTIONS)(images[rows], rows)
+    assert (everything.rewards - expected.rewards).abs().max() > 1e-3
+
+
+def test_if_all_captions_count_nothing_changes(reward, images):
+    found = bind_reward(reward, CAPTIONS, counted=keep(*range(5)))(images, whole(images))
+    assert torch.equal(found.rewards, reward(images, CAPTIONS))
+
+
+@pytest.mark.parametrize("estimate", [BatchDirection(refuse_single=True), EmaDirection()])
+def test_a_batch_of_which_nothing_counts_is_finite(make_hugging_face, images, estimate):
+    reward = decomposed(make_hugging_face())
+    reward.common_direction = estimate
+    found = bind_reward(reward, CAPTIONS, counted=keep())(images, whole(images))
+    assert found.rewards.isfinite().all()
+    assert all(values.isfinite().all() for values in found.parts.values())
+
+
+def test_a_bind_that_knows_nothing_of_counting_is_called_without(images):
+    class Plain:
+        def bind(self, captions):
+            return lambda images, rows: RewardTerms(images.mean(dim=(1, 2, 3)) + len(captions))
+
+    parts = {"plain": WeightedReward(reward=Plain(), weight=2.0)}
+    for given, factor in ((Plain(), 1), (RewardMixture(parts), 2)):
+        found = bind_reward(given, CAPTIONS, counted=keep(1))(images, whole(images))
+        expected = factor * (images.mean(dim=(1, 2, 3)) + 5)
+        torch.testing.assert_close(found.rewards, expected, **EXACT)
+
+
+class Watched:
+    """A reward without a finite value, which says whether it was recorded."""
+
+    def __init__(self):
+        self.recorded = []
+
+    def __call__(self, images, captions):
+        values = (images.mean(dim=(1, 2, 3)) - 2).sqrt()
+        self.recorded.append(values.requires_grad)
+        return values
+
+
+def test_a_part_of_weight_0_is_only_reported(images):
+    odd, images = Watched(), images.requires_grad_()
+    parts = {"bright": WeightedReward(reward=brightness, weight=-3.0)}
+    mixture = RewardMixture(parts | {"odd": WeightedReward(reward=odd, weight=0.0)})
+    found = bind_reward(mixture, CAPTIONS)(images, whole(images))
+    assert odd.recorded == [False]
+    assert found.parts["odd"].isnan().all()
+    expected = -3 * brightness(images, CAPTIONS)
+    assert torch.equal(found.rewards, expected)
+    assert torch.equal(mixture(images, CAPTIONS), expected)
+    gradients = [torch.autograd.grad(each.sum(), images)[0] for each in (found.rewards, expected)]
+    assert torch.equal(*gradients)
+
+
+def test_a_mixture_without_weight_is_0_and_trains_nothing(images):
+    mixture = RewardMixture({"odd": WeightedReward(reward=Watched(), weight=0.0)})
+    bound = bind_reward(mixture, CAPTIONS)
+    assert not bound(images, whole(images)).rewards.any()
+    with pytest.raises(ConfigError, match="with a gradient to the images; got values that carry n"):
+        bound(images.requires_grad_(), whole(images))
 
 
 def test_autocast_leaves_no_v_in_the_text_relevant_part(make_hugging_face):
@@ -285,7 +389,7 @@ def test_images_without_a_row_are_refused(images, rows, message):
         bind_reward(brightness, CAPTIONS)(images, rows)
 
 
-@pytest.mark.parametrize("name", ["a/b", "rewards", ""])
+@pytest.mark.parametrize("name", ["a/b", "rewards", "", "items", "keys"])
 def test_names_that_would_clash_are_refused(name):
-    with pytest.raises(ConfigError, match=f"slashes, other than `rewards`, .*; got `{name}`;"):
+    with pytest.raises(ConfigError, match=f"slashes, other than `rewards`.*; got `{name}`;"):
         RewardMixture({name: WeightedReward(reward=brightness)})

@@ -13,6 +13,7 @@ from segalign.rewards.common_direction import (
     CorpusMean,
     EmaDirection,
     Provenance,
+    ask_direction,
     observe_direction,
     share_statistics,
 )
@@ -186,6 +187,51 @@ def test_an_average_that_was_saved_in_low_precision_goes_on():
     estimate = EmaDirection()
     estimate.load_state_dict({"mean": cone(32)[0].mean(0).bfloat16()})
     assert estimate(cone(32)[0]).dtype == estimate.mean.dtype == torch.float64
+
+
+def rows(count, *counted):
+    return torch.tensor([row in counted for row in range(count)])
+
+
+@pytest.mark.parametrize("read", [BatchDirection(), EmaDirection(), EmaDirection().observe])
+def test_only_captions_that_count_are_seen(read):
+    features = cone(6)[0]
+    found = read(features, counted=rows(6, 1, 4, 5))
+    torch.testing.assert_close(found, unit_mean(features[[1, 4, 5]].sum(0), 3), rtol=0, atol=1e-15)
+
+
+def test_an_average_learns_nothing_where_nothing_counts():
+    features = cone(6)[0]
+    estimate = EmaDirection(decay=0.5)
+    assert estimate(features, counted=rows(6)).norm() == 1
+    assert not len(estimate.mean)
+    known = estimate(features[:2], counted=rows(2, 0))
+    assert torch.equal(estimate(features, counted=rows(6)), known)
+    assert torch.equal(estimate.mean, features[0])
+    estimate(features, counted=rows(6, 1))
+    torch.testing.assert_close(estimate.mean, features[:2].mean(0))
+
+
+def test_one_caption_that_counts_is_its_own_direction(caplog):
+    """A fault of data is no fault of settings: nothing is refused, and nothing said."""
+    features = cone(80)[0]
+    estimate = BatchDirection(refuse_single=True)
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(estimate(features, counted=rows(80, 3)), features[3])
+        assert estimate(features, counted=rows(80)).norm() == 1
+    assert not caplog.records
+    with pytest.raises(ConfigError, match=r"at least 2 captions in a global batch .* got 1,"):
+        estimate(features[:1], counted=rows(1))
+
+
+def test_any_estimate_is_given_what_counts():
+    features, direction = cone(8)
+    corpus = CorpusDirection(direction, FACTS)
+    counted, given = rows(8, 2, 5), features[[2, 5]]
+    for estimate in (corpus, BatchDirection(), EmaDirection(), lambda given: given.mean(0)):
+        torch.testing.assert_close(ask_direction(estimate, features, counted), estimate(given))
+    assert torch.equal(ask_direction(corpus, features, rows(8)), direction)
+    assert torch.equal(ask_direction(torch.nn.Identity(), features), features)
 
 
 @pytest.mark.parametrize("read", ["forward", "observe"])

@@ -198,12 +198,38 @@ def test_rewards_and_parts_are_collected(reward, latents):
         torch.testing.assert_close(values[:3], expected[name][:3], **EXACT)
         assert values[3].isnan()
         assert not values.requires_grad
-    # Further calls for a row are averaged.
-    loss(DECODE.first.weight.new_zeros(1, 2, 4, 4), torch.tensor([0]))
-    grey = DECODE(torch.zeros(1, 2, 4, 4).double()).clamp(0, 1)
-    mean = (expected["bright"][0] + brightness(grey, CAPTIONS[:1])[0]) / 2
-    torch.testing.assert_close(loss.collected()["bright"][0], mean, **EXACT)
-    torch.testing.assert_close(loss.collected()["bright"][1:3], expected["bright"][1:3], **EXACT)
+    assert loss.renoised().isnan().all()
+
+
+def test_further_calls_are_of_copies_and_leave_the_image_its_own(latents):
+    loss = make(brightness, weights=torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    differentiate(loss, latents, 2)
+    images, others = loss.collected()["rewards"], [latents.flip(0), latents.roll(1, 0)]
+    copies = [brightness(DECODE(other).clamp(0, 1), CAPTIONS) for other in others]
+    for other in others:
+        loss(other[:2], torch.arange(2))
+    found = loss.collected()
+    assert found.keys() == {"rewards"}
+    torch.testing.assert_close(found["rewards"], images, **EXACT, equal_nan=True)
+    mean = (copies[0] + copies[1]) / 2
+    torch.testing.assert_close(loss.renoised()[:2], mean[:2], **EXACT)
+    assert loss.renoised()[2:].isnan().all()
+    loss(latents[2:], torch.tensor([2, 3]))
+    assert loss.renoised().isnan().tolist() == [False, False, False, True]
+
+
+def test_a_copy_that_is_not_finite_is_named_too(reward, latents):
+    def odd(images, captions):
+        return images.mean(dim=(1, 2, 3)) / scale[0]
+
+    scale = [1.0]
+    parts = {"text": WeightedReward(reward=reward), "odd": WeightedReward(reward=odd)}
+    loss = make(RewardMixture(parts))
+    loss(latents[:3], torch.arange(3))
+    scale[0] = 0.0
+    loss(latents[:2], torch.arange(1, 3))
+    assert loss.collected()["rewards"][:3].isfinite().all()
+    assert loss.name_non_finite() == "`odd` for rows [1, 2]"
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

@@ -1,18 +1,19 @@
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from toy_rollout import BATCH, Toy, largest_difference
+from toy_rollout import BATCH, SHAPE, FixedNoise, Lean, Toy, largest_difference
 
 from segalign.diffusion.guidance import Guidance
 from segalign.diffusion.sampler import DDIMSampler
 from segalign.errors import ConfigError, NonFiniteError
+from segalign.rng import counter_normal
 from segalign.text.conditioning import TextConditioning, TextReport
 from segalign.truncation.chain import Chain
 from segalign.truncation.denoiser import GuidedDenoiser, TextNetwork
 from segalign.truncation.draft import DRaFT, DRaFTLV, FullBackpropagation
 from segalign.truncation.drtune import DRTune
 from segalign.truncation.graph import GraphEngine
-from segalign.truncation.noise import CounterNoise
+from segalign.truncation.noise import CounterNoise, select_rows
 from segalign.truncation.replay import ReplayEngine
 from segalign.truncation.step_norms import StepGradientNorms
 
@@ -105,36 +106,98 @@ def test_step_norms_measure_each_step_and_leave_the_gradient(toy, chain):
     assert total <= sum(norms.norms.values())
 
 
+def test_step_norms_restart_where_gradients_are_there_already(toy, chain):
+    norms = StepGradientNorms(toy.net.parameters())
+    toy.run(ReplayEngine(), chain, after_step=norms)
+    expected = dict(norms.norms)
+    before = toy.gradients()
+    norms.restart()
+    assert norms.norms == {}
+    ReplayEngine().run(chain, toy.denoiser, toy.noise, toy.loss, after_step=norms)
+    for index, norm in expected.items():
+        torch.testing.assert_close(norms.norms[index], norm, rtol=1e-9, atol=0)
+    after = toy.gradients()
+    assert (
+        largest_difference(after, {n: 2 * gradient for n, gradient in before.items()}) < SAME_SUMS
+    )
+
+
 @pytest.mark.parametrize("engine", [ReplayEngine(), GraphEngine()], ids=repr)
 def test_steps_without_gradient_use_the_rollout_network(toy, chain, engine):
     expected, expected_report = toy.run(engine, chain)
-    seen = []
-
-    def rollout(latents, timestep):
-        assert not torch.is_grad_enabled()
-        assert not torch.is_inference_mode_enabled()
-        seen.append(timestep)
-        return toy.denoiser(latents, timestep)
-
+    rollout = Lean(toy.denoiser)
     found, report = toy.run(engine, chain, rollout=rollout)
     assert largest_difference(found, expected) < SAME_SUMS
     assert torch.equal(report.latents, expected_report.latents)
-    assert len(seen) == (8 if isinstance(engine, ReplayEngine) else 8 - TRAINED)
+    called = 8 if isinstance(engine, ReplayEngine) else 8 - TRAINED
+    assert rollout.events.index("released") == called
+    assert set(rollout.events[called:]) == {"released"}
+
+
+@pytest.mark.parametrize("strategy", [DRTune(num_train_steps=3), DRaFTLV(num_renoised=2)], ids=repr)
+def test_replay_releases_the_rollout_network_before_anything_is_decoded_or_replayed(toy, strategy):
+    chain = toy.chain(strategy, DDIMSampler(num_inference_steps=6, eta=0.4))
+    expected, _ = toy.run(GraphEngine(), chain)
+    rollout, loss, network = Lean(toy.denoiser), toy.loss, toy.net.first
+    toy.loss = lambda *images: (rollout.events.append("scored"), loss(*images))[1]
+    network.register_forward_hook(
+        lambda *_: rollout.events.append("replayed") if torch.is_grad_enabled() else None
+    )
+    found, _ = toy.run(ReplayEngine(), chain, rollout=rollout)
+    assert largest_difference(found, expected) < SAME_SUMS
+    copies, trained = chain.plan.num_renoised, len(chain.plan.train_steps)
+    calls = [*chain.timesteps, *chain.timesteps[-1:] * copies]
+    scored = ["scored"] * (1 + copies)
+    assert rollout.events == [*calls, "released", *scored, *["replayed"] * 2 * (trained + copies)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "engine", "called"),
+    [
+        # Steps 2 and 3 of 4 are trained: the calls before are the last ones.
+        (DRaFT(num_train_steps=2), GraphEngine(), 2),
+        (FullBackpropagation(), GraphEngine(), 0),
+        (DRaFT(num_train_steps=2), GraphEngine(micro_batch_size=2), 0),
+    ],
+)
+def test_the_graph_releases_the_rollout_network_after_its_last_call(toy, strategy, engine, called):
+    chain = toy.chain(strategy, DDIMSampler(num_inference_steps=4))
+    expected, _ = toy.run(engine, chain)
+    rollout = Lean(toy.denoiser)
+    toy.net.first.register_forward_hook(
+        lambda *_: rollout.events.append("recorded") if torch.is_grad_enabled() else None
+    )
+    found, _ = toy.run(engine, chain, rollout=rollout)
+    assert largest_difference(found, expected) < SAME_SUMS
+    assert rollout.events[: called + 1] == [*chain.timesteps[:called], "released"]
+    assert "recorded" in rollout.events
+
+
+def test_replay_does_not_wait_for_the_device(toy, monkeypatch):
+    """Neither for numbers, which a meta tensor has none of, nor to bring some there."""
+
+    def bring(*_, **__):
+        raise AssertionError("brings numbers to the device")
+
+    weight = torch.zeros((), device="meta", requires_grad=True)
+    noise = type("Noise", (), {"initial": lambda _: torch.zeros(BATCH, *SHAPE, device="meta")})()
+    denoiser = GuidedDenoiser(
+        conditional=lambda latents, timesteps, _: weight * latents * timesteps.view(-1, 1, 1, 1)
+    )
+    chain = toy.chain(DRTune(num_train_steps=3), DDIMSampler(num_inference_steps=6))
+    monkeypatch.setattr(torch, "tensor", bring)
+    engine = ReplayEngine(micro_batch_size=4, check_finite=False)
+    engine.run(chain, denoiser, noise, lambda latents, _: latents.square().flatten(1).sum(1))
+    assert weight.grad is not None
 
 
 def test_an_early_stop_runs_no_later_step(toy, sampler):
     strategy = DRTune(num_train_steps=2, early_stop=7)
     chain = toy.chain(strategy, sampler)
     assert chain.plan.last_step < 7
-    seen = []
-    denoiser = toy.denoiser
-
-    def rollout(latents, timestep):
-        seen.append(timestep)
-        return denoiser(latents, timestep)
-
+    rollout = Lean(toy.denoiser)
     toy.run(ReplayEngine(), chain, rollout=rollout)
-    assert seen == sampler.timesteps(1000)[: chain.plan.last_step + 1]
+    assert rollout.events == [*sampler.timesteps(1000)[: chain.plan.last_step + 1], "released"]
 
 
 @pytest.mark.parametrize("engine", [ReplayEngine(), GraphEngine()], ids=repr)
@@ -299,3 +362,27 @@ def test_counter_noise_follows_the_sample_not_the_batch():
     assert len(everything.unique(dim=0)) == len(everything)
     wide = CounterNoise(seed=1, step=5, sample_ids=[8], latent_shape=(2, 3, 3), dtype=torch.float64)
     assert wide.initial().dtype == torch.float64
+
+
+def test_rows_of_noise_are_drawn_alone(monkeypatch):
+    noise = CounterNoise(seed=1, step=5, sample_ids=[7, 8, 9], latent_shape=(2, 3, 3))
+    whole = [noise.initial(), noise.of_step(3), noise.of_copy(1)]
+    drawn = []
+
+    def draw(purpose, rows, shape):
+        drawn.extend(row[2] for row in rows)
+        return counter_normal(purpose, rows, shape)
+
+    monkeypatch.setattr("segalign.truncation.noise.counter_normal", draw)
+    some = select_rows(noise, range(1, 3))
+    for all_rows, rows in zip(
+        whole, [some.initial(), some.of_step(3), some.of_copy(1)], strict=True
+    ):
+        assert torch.equal(rows, all_rows[1:])
+    assert drawn == [8, 9] * 3
+    # A noise that cannot choose is drawn whole.
+    fixed = FixedNoise()
+    other = select_rows(fixed, range(1, 3))
+    assert torch.equal(other.initial(), fixed.initial()[1:])
+    assert torch.equal(other.of_step(3), fixed.of_step(3)[1:])
+    assert torch.equal(other.of_copy(1), fixed.of_copy(1)[1:])
