@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -17,8 +16,8 @@ from segalign.diffusion.bundle import DiffusionBundle
 from segalign.diffusion.latents import VAECodec
 from segalign.diffusion.lora import read_lora
 from segalign.diffusion.model_sizes import ModelParts, Size, random_parts
+from segalign.diffusion.network_files import check_whole, reading
 from segalign.diffusion.schedule import NoiseSchedule
-from segalign.errors import ConfigError
 from segalign.formats.lora_pairs import merge_lora
 from segalign.hub import fetch
 from segalign.text.text_models import TextModels
@@ -29,16 +28,6 @@ Part = TypeVar("Part")
 _WHAT = "the text-to-image model"
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _PARTS_2 = ("text_encoder_2", "tokenizer_2")
-# What the libraries raise where files are missing, damaged or of another kind.
-_DAMAGE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    SafetensorError,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +162,7 @@ def _read_weights(network: type[Part], folder: Path, dtype_key: str) -> Part:
     """Read one network in float32; the libraries would draw what its file lacks."""
     settings = {dtype_key: torch.float32, "use_safetensors": True, "output_loading_info": True}
     loaded, info = _read(network.from_pretrained, folder, **settings)  # type: ignore[attr-defined]
-    lost = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
-    if lost:
-        raise _unreadable(folder, f"no weight of the right shape for `{lost[0]:.100}`")
+    check_whole(info, _part(folder), folder)
     return cast("Part", loaded)
 
 
@@ -194,16 +181,10 @@ def _read_scheduler(folder: Path) -> Mapping[str, Any]:
 
 
 def _read(reader: Callable[..., Part], folder: Path, **settings: Any) -> Part:
-    """Read one part; whatever is wrong with its files becomes one line."""
-    try:
+    """Read one part."""
+    with reading(_part(folder), folder):
         return reader(folder, **settings)
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise _unreadable(folder, f"{type(error).__name__}: {reason}") from error
 
 
-def _unreadable(folder: Path, found: str) -> ConfigError:
-    return ConfigError(
-        f"expected {_WHAT}'s `{folder.name}` as config and safetensors at `{folder}`; "
-        f"got {found}; download it whole, with its safetensors"
-    )
+def _part(folder: Path) -> str:
+    return f"{_WHAT}'s `{folder.name}`"

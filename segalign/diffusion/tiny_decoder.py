@@ -13,25 +13,15 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderTiny
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from segalign.diffusion.model_sizes import draw_weights
+from segalign.diffusion.network_files import check_whole, reading
 from segalign.errors import ConfigError
 from segalign.hub import fetch
 
 _WHAT = "the tiny decoder"
-# What the libraries raise where files are missing, damaged or of another kind.
-_DAMAGE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    SafetensorError,
-)
 
 
 class TinyVAEDecoder(nn.Module):
@@ -156,15 +146,10 @@ def _gradient(loss: Callable[[Tensor, Tensor], Tensor], latents: Tensor, rows: T
 
 
 def _read(folder: Path) -> AutoencoderTiny:
-    """Read an autoencoder in float32; whatever is wrong with its files becomes one line."""
-    try:
+    """Read an autoencoder in float32."""
+    with reading(_WHAT, folder):
         loaded, info = _load(folder)
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise _unreadable(folder, f"{type(error).__name__}: {reason}") from error
-    lost = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
-    if lost:
-        raise _unreadable(folder, f"no weight of the right shape for `{lost[0]:.100}`")
+    check_whole(info, _WHAT, folder)
     return loaded
 
 
@@ -176,10 +161,3 @@ def _load(folder: Path) -> tuple[AutoencoderTiny, dict[str, Any]]:
     settings: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     loaded, info = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32, **settings)
     return loaded, info
-
-
-def _unreadable(folder: Path, found: str) -> ConfigError:
-    return ConfigError(
-        f"expected {_WHAT} as config and safetensors at `{folder}`; got {found}; "
-        "download it whole, with its safetensors"
-    )

@@ -4,6 +4,7 @@ import csv
 import json
 import platform
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,7 @@ def pack_held_out(run: Path, folder: Path) -> str:
     Raises:
         DataError: If the folder does not hold a base.
     """
-    provenance = _read_provenance(folder)
-    state = read_weights(str(run), HELD_OUT, HELD_OUT_PREFIXES, "3x3")
-    assert state is not None
-    save_compact(state, folder / f"{HELD_OUT}.safetensors", used_token_ids())
-    scores = score_held_out(folder)
-    provenance[HELD_OUT] = {"run": describe_run(run), **_machine(), "scores": scores}
-    _write_provenance(folder, provenance)
-    return f"{folder}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    return _pack_beside(HELD_OUT, HELD_OUT_PREFIXES, run, folder, score_held_out)
 
 
 def pack_preference(run: Path, folder: Path) -> str:
@@ -113,12 +107,23 @@ def pack_preference(run: Path, folder: Path) -> str:
     Raises:
         DataError: If the folder does not hold a base.
     """
+    return _pack_beside(PREFERENCE, SCORER_PREFIXES, run, folder, score_preference)
+
+
+def _pack_beside(
+    part: str,
+    prefixes: Sequence[str],
+    run: Path,
+    folder: Path,
+    score: Callable[[Path], dict[str, float]],
+) -> str:
+    """Write a part's weights beside the base's; measure and record them."""
     provenance = _read_provenance(folder)
-    state = read_weights(str(run), PREFERENCE, SCORER_PREFIXES, "3x3")
+    state = read_weights(str(run), part, prefixes, "3x3")
     assert state is not None
-    save_compact(state, folder / f"{PREFERENCE}.safetensors", used_token_ids())
-    scores = score_preference(folder)
-    provenance[PREFERENCE] = {"run": describe_run(run), **_machine(), "scores": scores}
+    save_compact(state, folder / f"{part}.safetensors", used_token_ids())
+    scores = score(folder)
+    provenance[part] = {"run": describe_run(run), **_machine(), "scores": scores}
     _write_provenance(folder, provenance)
     return f"{folder}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
