@@ -4,9 +4,10 @@ Dims: B batch, L text tokens, D text width, N inference steps.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -185,6 +186,16 @@ class Models:
         side = generator.image_size
         images = torch.rand(setting.batch_size, 3, side, side).to(device)
         return cls(setting, generator, reward.to(device), _captions(setting.batch_size), images)
+
+    def in_float64(self) -> "Models":
+        """Widen everything, in place but for the inputs."""
+        generator = copy.copy(self.generator)
+        text = self.text
+        wide: Any = PreparedText(text.positive.double(), text.negative.double())
+        generator.conditioner = wide
+        for network in (generator.unet, generator.codec, self.reward):
+            nn.Module.double(cast("nn.Module", network))
+        return replace(self, generator=generator, images=self.images.double())
 
     @property
     def sampler(self) -> DDIMSampler:
