@@ -14,16 +14,11 @@ Other losses are arms too; which learn faster shows early:
 import argparse
 import csv
 import json
-import os
-import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from segalign.run_directory import newest_checkpoint, stored_step
+from scene_runs import ROOT, cell, finished, run
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/scenes/preference.yaml"
 LOSSES = [
     f"{level}{loss}" for loss in ("pairwise", "margin", "contrastive") for level in ("", "segment_")
@@ -51,17 +46,6 @@ TEST_SEED = 4242
 OWN = {"whole text": "single"}
 
 
-def run(command: list[str], log: Path) -> None:
-    """Run a command of ours with one thread, its output in a file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as out:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [sys.executable, "main.py", *command],
-            cwd=ROOT, check=True, stdout=out, stderr=out, env=environment,
-        )  # fmt: skip
-
-
 def train_and_test(arm: str, seed: int, steps: int, runs: Path, num_pairs: int) -> Path:
     """Train an arm (no steps: the start itself), and write its test tables to the run."""
     run_dir = runs / f"{arm.replace(' ', '_').replace(',', '')}-{seed}-{steps}"
@@ -70,8 +54,7 @@ def train_and_test(arm: str, seed: int, steps: int, runs: Path, num_pairs: int) 
         "--trainer.enable_progress_bar", "false", *ARMS.get(arm, []),
     ]  # fmt: skip
     log = runs / f"{run_dir.name}.log"
-    found = newest_checkpoint(run_dir)
-    if steps and (found is None or stored_step(found) < steps):
+    if steps and not finished(run_dir, steps):
         scenes = ["--data.init_args.scenes.seed", str(seed), "--trainer.limit_val_batches", "0"]
         options = ["--ckpt_path", "auto", "--trainer.max_steps", str(steps)]
         run(["fit", *common, *options, *scenes], log)
@@ -123,14 +106,6 @@ def table(results: dict[str, list[dict[str, float]]], steps: int, seeds: list[in
         cells = [cell([one[key] for one in runs]) for key in COLUMNS.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def cell(values: list[float]) -> str:
-    """Format mean and range."""
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return f"{mean:.3f}"
-    return f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def main() -> None:

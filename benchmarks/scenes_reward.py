@@ -11,23 +11,19 @@ Prints the tables and writes them to ``benchmarks/results/scenes_reward.{json,md
 import argparse
 import csv
 import json
-import os
-import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from scene_runs import ROOT, cell, finished, run
 
-from segalign.run_directory import newest_checkpoint, read_best, stored_step
+from segalign.run_directory import newest_checkpoint, read_best
 from segalign.scenes.base import ScenesBase
 from segalign.scenes.evaluation import score_bundle
 from segalign.scenes.samples import make_sample
 from segalign.text.settings import TextEncoding
 
-ROOT = Path(__file__).resolve().parent.parent
 ARMS = {
     "DRTune, omega 0.3": None,
     "DRaFT-1": "draft_1",
@@ -41,23 +37,6 @@ OMEGAS = ("DRTune, omega 0", "DRTune, omega 0.3", "DRTune, omega 1")
 TEXT = TextEncoding(kind="segments", token_budget=512, mask_padding=True)
 SCORE_STREAM = 2**40 + 5
 HELD_OUT = "val/held_out/scorer"
-
-
-def run(command: list[str], log: Path) -> None:
-    """Run a command of ours with one thread, its output in a file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as out:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [sys.executable, "main.py", *command],
-            cwd=ROOT, check=True, stdout=out, stderr=out, env=environment,
-        )  # fmt: skip
-
-
-def finished(run_dir: Path, steps: int) -> bool:
-    """Tell whether a run has taken its steps."""
-    found = newest_checkpoint(run_dir)
-    return found is not None and stored_step(found) >= steps
 
 
 def start(seed: int, steps: int, runs: Path) -> Path:
@@ -199,14 +178,6 @@ def omega_table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
         cells = [cell([row[f"{arm}/{key}"] for row in rows]) for key in keys]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return lines
-
-
-def cell(values: list[float]) -> str:
-    """Format mean and range."""
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return f"{mean:.3f}"
-    return f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def measure(run_dir: Path, before: dict[str, float], num_captions: int) -> dict[str, Any]:

@@ -8,23 +8,18 @@ again. Prints the table and writes it to ``benchmarks/results/scenes_stage1.{jso
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from scene_runs import ROOT, cell, finished, run
 
-from segalign.run_directory import newest_checkpoint, stored_step
 from segalign.scenes.base import ScenesBase
 from segalign.scenes.evaluation import score_bundle
 from segalign.scenes.samples import make_sample
 from segalign.text.settings import TextEncoding
 from segalign.text.special_tokens import SpecialTokenPolicy
 
-ROOT = Path(__file__).resolve().parent.parent
 NAIVE = {"end": "keep", "pad": "eos"}
 ARMS = {
     "segments": ["--model.init_args.text.kind", "segments"],
@@ -46,21 +41,16 @@ def encoding(arm: str) -> TextEncoding:
 def train(arm: str, seed: int, steps: int, runs: Path) -> Path:
     """Fine-tune the base in a process of its own; resume or skip what is there."""
     run_dir = runs / f"{arm}-{seed}-{steps}"
-    found = newest_checkpoint(run_dir)
-    if found is not None and stored_step(found) >= steps:
+    if finished(run_dir, steps):
         return run_dir
     command = [
-        sys.executable, "main.py", "fit", "--config", "configs/scenes/align.yaml",
+        "fit", "--config", "configs/scenes/align.yaml",
         "--ckpt_path", "auto", "--run_dir", str(run_dir), "--seed_everything", str(seed),
         "--trainer.max_steps", str(steps), "--trainer.limit_val_batches", "0",
         "--trainer.num_sanity_val_steps", "0", "--trainer.enable_progress_bar", "false",
         *ARMS[arm],
     ]  # fmt: skip
-    log = runs / f"{arm}-{seed}-{steps}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=ROOT, check=True, stdout=out, stderr=out, env=environment)
+    run(command, runs / f"{run_dir.name}.log")
     return run_dir
 
 
@@ -136,14 +126,6 @@ def write(results: dict[str, list[dict[str, float]]], steps: int, seeds: list[in
     (folder / "scenes_stage1.md").write_text(text)
     document = {"steps": steps, "seeds": seeds, "results": results}
     (folder / "scenes_stage1.json").write_text(json.dumps(document, indent=1) + "\n")
-
-
-def cell(values: list[float]) -> str:
-    """Format mean and range."""
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return f"{mean:.3f}"
-    return f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ from segalign.commands.parsing import parse_arguments
 
 DESCRIPTION = "Write the tiny base's weights, compact and with their provenance."
 _OUTPUT = "Folder; the package's own if it is not given."
+_SCORERS = (
+    ("pack-held-out", "the held-out scorer's", "held_out_scorer.yaml"),
+    ("pack-preference", "the preference model's", "preference.yaml"),
+)
 
 
 def build_parser() -> ArgumentParser:
@@ -22,26 +26,17 @@ def build_parser() -> ArgumentParser:
         "--generator", type=str, required=True, help="Run of configs/scenes/generator.yaml."
     )
     base.add_argument("--output", type=str, help=_OUTPUT)
-    held_out = ArgumentParser(
-        description="Write the held-out scorer's weights beside the tiny base's.",
-        exit_on_error=False,
-    )
-    held_out.add_argument(
-        "--scorer", type=str, required=True, help="Run of configs/scenes/held_out_scorer.yaml."
-    )
-    held_out.add_argument("--output", type=str, help=_OUTPUT)
-    preference = ArgumentParser(
-        description="Write the preference model's weights beside the tiny base's.",
-        exit_on_error=False,
-    )
-    preference.add_argument(
-        "--scorer", type=str, required=True, help="Run of configs/scenes/preference.yaml."
-    )
-    preference.add_argument("--output", type=str, help=_OUTPUT)
     commands = parser.add_subcommands()
     commands.add_subcommand("pack-base", base)
-    commands.add_subcommand("pack-held-out", held_out)
-    commands.add_subcommand("pack-preference", preference)
+    for name, what, recipe in _SCORERS:
+        beside = ArgumentParser(
+            description=f"Write {what} weights beside the tiny base's.", exit_on_error=False
+        )
+        beside.add_argument(
+            "--scorer", type=str, required=True, help=f"Run of configs/scenes/{recipe}."
+        )
+        beside.add_argument("--output", type=str, help=_OUTPUT)
+        commands.add_subcommand(name, beside)
     return parser
 
 
