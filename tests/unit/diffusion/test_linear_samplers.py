@@ -6,32 +6,18 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from toy_schedule import KINDS, SD, network, sampler_draws, schedule_of
 
 from segalign.diffusion.linear_steps import Conversion, clean_step, ddim_step
 from segalign.diffusion.sampler import DDIMSampler, EulerSampler
-from segalign.diffusion.schedule import NoiseSchedule
 from segalign.diffusion.scheduler_sampler import change_sampler, make_sampler, sampler_name
 from segalign.diffusion.spacing import spaced_timesteps
 from segalign.errors import ConfigError
 
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-KINDS = ("epsilon", "v_prediction", "sample")
-
-
-def schedule_of(kind, **special):
-    return NoiseSchedule.from_config({**SD, "prediction_type": kind, **special})
-
-
-def network(latents, timestep):
-    """Neither linear in the latents nor independent of the timestep."""
-    return torch.tanh(latents.roll(1, -1) * (1 + timestep / 1000)) + 0.1 * latents
-
 
 @pytest.fixture
 def draws():
-    """Starting noise and noise of 10 steps, float64."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(11, 2, 4, 3, 3, generator=generator, dtype=torch.float64)
+    return sampler_draws()
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
