@@ -1,0 +1,214 @@
+"""One pass over the images of an evaluation, for all metrics.
+
+Dims: B images of a micro-batch, N images of the plan, H/W pixels.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from segalign.diffusion.generator import ImageGenerator
+from segalign.errors import ConfigError, DataError
+from segalign.evaluation.image_metric import EvaluationSetting, Findings, ImageBatch, ImageMetric
+from segalign.evaluation.observation import observing
+from segalign.evaluation.plan import PlannedBatch
+from segalign.evaluation.ranks import gather_objects, own_rank, world_size
+from segalign.evaluation.start_images import StartImages
+from segalign.rng import counter_seed
+
+# What clamped images may exceed [0, 1] by: nothing but rounding.
+_SLACK = 1e-3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation has found, the same on every rank but for the times.
+
+    Attributes:
+        values: All metrics' values by name, and ``non_finite_images``.
+        findings: What each metric says, by the metric's name; empty if no image counts.
+        num_counted: Images that count.
+        num_non_finite: Images with pixels that are not finite; they do not count.
+        making_seconds: This rank's time for making images.
+        metric_seconds: This rank's time for all else.
+    """
+
+    values: Mapping[str, float]
+    findings: Mapping[str, Findings]
+    num_counted: int
+    num_non_finite: int
+    making_seconds: float
+    metric_seconds: float
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know, a line each."""
+        return [note for findings in self.findings.values() for note in findings.notes]
+
+
+class Evaluator:
+    """Makes every image once and shows it to all metrics; training sees nothing of it.
+
+    Args:
+        setting: What is made.
+        metrics: Who looks; their names differ.
+        start: Images of the model before training, if they were kept.
+
+    Raises:
+        ConfigError: If two metrics have one name.
+    """
+
+    def __init__(
+        self,
+        setting: EvaluationSetting,
+        metrics: Sequence[ImageMetric],
+        start: StartImages | None = None,
+    ) -> None:
+        names = [metric.name for metric in metrics]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ConfigError(
+                f"expected metrics of different names in an evaluation; got `{repeated}` twice. "
+                "Give one of them another `name`, or remove it."
+            )
+        self.setting = setting
+        self.metrics = metrics
+        self.start = start
+        self._clock = _Clock(setting.device)
+
+    def run(
+        self,
+        generator: ImageGenerator,
+        advance: Callable[[int], None] = lambda _: None,
+        *,
+        keep_as_start: bool = False,
+    ) -> Outcome:
+        """Make the images and measure them; every rank must call it.
+
+        Args:
+            generator: The model.
+            advance: Told of how many images this rank has made.
+            keep_as_start: Store the images as those of the start.
+
+        Raises:
+            ConfigError: If a metric cannot measure this evaluation; nothing is made then.
+            DataError: If images leave [0, 1], or something a metric needs is missing.
+        """
+        with observing():
+            for metric in self.metrics:
+                metric.start(self.setting)
+            self._clock.lap("metrics")
+            counts = self._measure(generator, advance, keep_as_start=keep_as_start)
+            totals = [sum(column) for column in zip(*gather_objects(counts), strict=True)]
+            if keep_as_start and self.start is not None and own_rank() == 0:
+                self.start.finish(self.setting)
+            findings = {m.name: m.finish() for m in self.metrics} if totals[0] else {}
+            self._clock.lap("metrics")
+        return self._outcome(findings, *totals)
+
+    def _measure(
+        self, generator: ImageGenerator, advance: Callable[[int], None], *, keep_as_start: bool
+    ) -> tuple[int, int]:
+        """Show all of this rank's images; return how many count, and are not finite."""
+        num_counted = num_non_finite = 0
+        for planned in self._planned():
+            images = self._make(generator, planned)
+            self._clock.lap("making")
+            is_counted = torch.tensor(planned.counted, device=images.device)
+            finite = images.flatten(1).isfinite().all(dim=1)
+            batch = self._batch(planned, images, is_counted & finite, is_start=keep_as_start)
+            if keep_as_start and self.start is not None and is_counted.any():
+                self.start.store(planned.index, batch.pixels)
+            for metric in self.metrics:
+                metric.update(batch)
+            num_counted += int(batch.counted.sum())
+            num_non_finite += int((is_counted & ~finite).sum())
+            advance(int(is_counted.sum()))
+            self._clock.lap("metrics")
+        return num_counted, num_non_finite
+
+    def _planned(self) -> Iterable[PlannedBatch]:
+        return self.setting.plan.batches(own_rank(), world_size())
+
+    def _make(self, generator: ImageGenerator, planned: PlannedBatch) -> Tensor:
+        per_caption = self.setting.plan.images_per_caption
+        rows = [self.setting.rows[place // per_caption] for place in planned.places]
+        return generator.generate(
+            [row["caption"] for row in rows],
+            [row["sample_id"] for row in rows],
+            [image_seed(self.setting.eval_seed, place % per_caption) for place in planned.places],
+            self.setting.weights,
+        )
+
+    def _batch(
+        self, planned: PlannedBatch, images: Tensor, counted: Tensor, *, is_start: bool
+    ) -> ImageBatch:
+        per_caption = self.setting.plan.images_per_caption
+        pixels = to_pixels(torch.where(counted.view(-1, 1, 1, 1), images, 0))
+        start = pixels if is_start else None
+        if start is None and self.start is not None:
+            start = self.start.read(planned.index).to(pixels.device)
+        return ImageBatch(
+            places=torch.tensor(planned.places),
+            counted=counted,
+            rows=[self.setting.rows[place // per_caption] for place in planned.places],
+            pixels=pixels,
+            start_pixels=start,
+        )
+
+    def _outcome(
+        self, findings: Mapping[str, Findings], num_counted: int, num_non_finite: int
+    ) -> Outcome:
+        values = {name: value for one in findings.values() for name, value in one.values.items()}
+        return Outcome(
+            values={**values, "non_finite_images": float(num_non_finite)},
+            findings=findings,
+            num_counted=num_counted,
+            num_non_finite=num_non_finite,
+            making_seconds=self._clock.seconds["making"],
+            metric_seconds=self._clock.seconds["metrics"],
+        )
+
+
+def image_seed(eval_seed: int, index: int) -> int:
+    """Seed the noise of a caption's ``index``-th image; the first has the evaluation's own seed."""
+    return eval_seed if index == 0 else counter_seed("image of a caption", eval_seed, index)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Round images in [0, 1] as files do: uint8 ``(B, 3, H, W)``, on the same device.
+
+    Raises:
+        DataError: If they are not ``(B, 3, H, W)``, or leave [0, 1].
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise DataError(
+            f"expected float images (B, 3, H, W) from the model; got {images.dtype} of shape "
+            f"{tuple(images.shape)}; mend its `generate`"
+        )
+    low, high = (float(bound) for bound in torch.aminmax(images.float()))
+    if low < -_SLACK or high > 1 + _SLACK:
+        raise DataError(
+            f"expected images in [0, 1] from the model; got {low:.3g} to {high:.3g}; scale and "
+            "clamp what its `generate` returns"
+        )
+    return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+class _Clock:
+    """Adds up time by what it was spent on; waits for the device, which images cost far more of."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = {"making": 0.0, "metrics": 0.0}
+        self._last = time.perf_counter()
+
+    def lap(self, what: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[what] += now - self._last
+        self._last = now

@@ -1,0 +1,78 @@
+"""Images of the model as it was before training, kept for comparison at equal captions and noise.
+
+A file for each micro-batch of the plan, which is the same for any number of ranks.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from segalign.atomic import make_directory, write_bytes_atomic, write_text_atomic
+from segalign.errors import DataError
+from segalign.evaluation.captions import captions_digest
+from segalign.evaluation.image_metric import EvaluationSetting
+from segalign.run_format import read_tensors
+
+_RECORD = "start.json"
+
+
+class StartImages:
+    """A folder of images of the start.
+
+    Args:
+        folder: Where they are, or will be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def describe(self, setting: EvaluationSetting) -> dict[str, Any]:
+        """Return what decides which images are stored, plain data."""
+        plan = setting.plan
+        return {
+            "captions": captions_digest(setting.rows),
+            "images_per_caption": plan.images_per_caption,
+            "batch_size": plan.batch_size,
+            "eval_seed": setting.eval_seed,
+        }
+
+    def is_of(self, setting: EvaluationSetting) -> bool:
+        """Tell whether the folder holds all images of this very evaluation."""
+        try:
+            record = json.loads((self.folder / _RECORD).read_bytes())
+        except (OSError, ValueError):
+            return False
+        return bool(record == self.describe(setting)) and all(
+            self._file(index).is_file() for index in range(setting.plan.num_batches)
+        )
+
+    def store(self, index: int, pixels: Tensor) -> None:
+        """Write a micro-batch, uint8 ``(B, 3, H, W)``, whole or not at all."""
+        make_directory(self.folder)
+        write_bytes_atomic(self._file(index), save({"pixels": pixels.cpu().contiguous()}))
+
+    def finish(self, setting: EvaluationSetting) -> None:
+        """Record that all ranks have stored what is theirs; one rank calls it."""
+        make_directory(self.folder)
+        write_text_atomic(self.folder / _RECORD, json.dumps(self.describe(setting), indent=1))
+
+    def read(self, index: int) -> Tensor:
+        """Read a micro-batch, uint8 ``(B, 3, H, W)``.
+
+        Raises:
+            DataError: If it is missing or damaged.
+        """
+        pixels = read_tensors(self._file(index)).get("pixels")
+        if pixels is None or pixels.dtype != torch.uint8 or pixels.ndim != 4:
+            raise DataError(
+                f"expected images of the start in `{self._file(index)}`; got something else; "
+                "delete the folder, and drift from the start is left out"
+            )
+        return pixels
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"batch-{index:05d}.safetensors"
