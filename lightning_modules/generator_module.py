@@ -91,6 +91,10 @@ class GeneratorModule(TrainingModule):
             batch["captions"], batch["sample_ids"].tolist(), self.eval_seed, self.best_weights
         )
 
+    @override
+    def test_step(self, batch: CaptionBatch, batch_idx: int) -> None:
+        """Do nothing: callbacks of the evaluation make the images that they need."""
+
     @property
     def best_weights(self) -> Weights:
         """The averaged weights where the run keeps them."""

@@ -88,12 +88,21 @@ class LongTextDiffusionModule(GeneratorModule):
 
     @override
     def validation_step(self, batch: CaptionBatch, batch_idx: int) -> None:
+        self._log_loss("val", batch)
+
+    @override
+    def test_step(self, batch: CaptionBatch, batch_idx: int) -> None:
+        if "images" in batch:
+            self._log_loss("test", batch)
+
+    def _log_loss(self, stage: str, batch: CaptionBatch) -> None:
+        """Log the denoising loss on timesteps and noise that depend on the sample alone."""
         counters = [(sample_id,) for sample_id in batch["sample_ids"].tolist()]
         text = self.generator.conditioner(batch["captions"])
         losses = self._losses(self.eval_seed, self.codec.encode(batch["images"]), text, counters)
         valid = batch["valid"]
         self.log(
-            "val/loss",
+            f"{stage}/loss",
             losses[valid].mean() if valid.any() else losses.sum() * 0,
             batch_size=int(valid.sum()),
             sync_dist=True,
