@@ -103,8 +103,8 @@ class Evaluator:
             self._clock.lap("metrics")
             counts = self._measure(generator, advance, keep_as_start=keep_as_start)
             totals = [sum(column) for column in zip(*gather_objects(counts), strict=True)]
-            if keep_as_start and self.start is not None and own_rank() == 0:
-                self.start.finish(self.setting)
+            if keep_as_start and self.start is not None:
+                self._finish_start(self.start)
             findings = {m.name: m.finish() for m in self.metrics} if totals[0] else {}
             self._clock.lap("metrics")
         return self._outcome(findings, *totals)
@@ -129,6 +129,12 @@ class Evaluator:
             advance(int(is_counted.sum()))
             self._clock.lap("metrics")
         return num_counted, num_non_finite
+
+    def _finish_start(self, start: StartImages) -> None:
+        """Record that the start is whole; no rank goes on before."""
+        if own_rank() == 0:
+            start.finish(self.setting)
+        gather_objects(None)
 
     def _planned(self) -> Iterable[PlannedBatch]:
         return self.setting.plan.batches(own_rank(), world_size())
