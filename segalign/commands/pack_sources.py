@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 def _folder_parser() -> ArgumentParser:
     parser = ArgumentParser(description="each image has its caption in NAME.txt or NAME.json")
     parser.add_argument("source", type=str, help="folder of images; sub-folders are searched too")
-    return _with_packing(parser, images=True)
+    return with_packing(parser, images=True)
 
 
 def _jsonl_parser() -> ArgumentParser:
@@ -49,7 +49,7 @@ def _with_optional_images(parser: ArgumentParser) -> ArgumentParser:
         type=str | None,
         help="folder that each `path` is relative to; without it captions alone are packed",
     )
-    return _with_packing(parser, images=True)
+    return with_packing(parser, images=True)
 
 
 def _longalign_parser() -> ArgumentParser:
@@ -68,7 +68,7 @@ def _preferences_parser() -> ArgumentParser:
     parser.add_argument(
         "--image-root", type=str, required=True, help="folder that the paths are relative to"
     )
-    return _with_packing(parser, images=True)
+    return with_packing(parser, images=True)
 
 
 def _pickapic_parser() -> ArgumentParser:
@@ -79,7 +79,7 @@ def _pickapic_parser() -> ArgumentParser:
     parser.add_argument(
         "source", type=str, help="Parquet file, folder of them or glob pattern; rows are streamed"
     )
-    return _with_packing(_with_preferences(parser, "ranking_id"), images=True)
+    return with_packing(_with_preferences(parser, "ranking_id"), images=True)
 
 
 def _hpd_parser() -> ArgumentParser:
@@ -97,7 +97,7 @@ def _hpd_parser() -> ArgumentParser:
         default="all",
         help="of n ranked images: all pairs, or those of neighbours in rank",
     )
-    return _with_packing(_with_preferences(parser, "preferred_path"), images=True)
+    return with_packing(_with_preferences(parser, "preferred_path"), images=True)
 
 
 def _with_preferences(parser: ArgumentParser, key: str) -> ArgumentParser:
@@ -150,7 +150,7 @@ def _scenes_parser() -> ArgumentParser:
         default=0.0,
         help="share of pairs whose two pictures are equal; pairs only",
     )
-    return _with_packing(parser, images=False)
+    return with_packing(parser, images=False)
 
 
 def _generated_scenes_parser() -> ArgumentParser:
@@ -170,10 +170,11 @@ def _generated_scenes_parser() -> ArgumentParser:
         default="short",
         help="length class of the captions",
     )
-    return _with_packing(parser, images=False)
+    return with_packing(parser, images=False)
 
 
-def _with_packing(parser: ArgumentParser, *, images: bool) -> ArgumentParser:
+def with_packing(parser: ArgumentParser, *, images: bool) -> ArgumentParser:
+    """Add the arguments that all packs have."""
     parser.add_argument("out", type=str, help="folder for the shards")
     parser.add_argument(
         "--samples-per-shard", type=PositiveInt, default=1000, help="samples of one shard"

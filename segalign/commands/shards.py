@@ -1,4 +1,4 @@
-"""``shards pack | index | verify | encode``: make and check WebDataset shards."""
+"""``shards pack | split | index | verify | encode``: make and check WebDataset shards."""
 
 import dataclasses
 import json
@@ -10,12 +10,17 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from segalign.commands.encode import encode, encode_parser
+from segalign.commands.pack_prompts import PROMPT_KINDS
 from segalign.commands.pack_sources import KINDS
 from segalign.commands.parsing import parse_arguments
-from segalign.errors import DataError
+from segalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from segalign.data.packing import PackReport
     from segalign.data.sources import Source
+
+_COMMANDS = ("pack", "split", "index", "verify", "encode")
+_KINDS = {**KINDS, **PROMPT_KINDS}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -24,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         SegalignError: If the arguments do not fit or the command fails.
     """
-    return _dispatch(parse_arguments(build_parser(), argv, ["pack", "index", "verify", "encode"]))
+    return _dispatch(parse_arguments(build_parser(), argv, _COMMANDS))
 
 
 def build_parser() -> ArgumentParser:
@@ -34,17 +39,40 @@ def build_parser() -> ArgumentParser:
         description="make and check WebDataset shards",
         exit_on_error=False,
     )
-    commands = parser.add_subcommands(dest="command", metavar="pack | index | verify | encode")
+    commands = parser.add_subcommands(dest="command", metavar=" | ".join(_COMMANDS))
     pack = ArgumentParser(
         description="pack samples into shards; a killed run goes on where it stopped"
     )
     commands.add_subcommand("pack", pack, help="make shards")
-    kinds = pack.add_subcommands(dest="kind", metavar=" | ".join(KINDS))
-    for name, kind in KINDS.items():
+    kinds = pack.add_subcommands(dest="kind", metavar=" | ".join(_KINDS))
+    for name, kind in _KINDS.items():
         kinds.add_subcommand(name, kind.build_parser(), help=kind.help)
+    commands.add_subcommand("split", _split_parser(), help="set samples apart")
     commands.add_subcommand("index", _index_parser(), help="write the manifest of foreign shards")
     commands.add_subcommand("verify", _verify_parser(), help="check shards by their manifest")
     commands.add_subcommand("encode", encode_parser(), help="precompute text features")
+    return parser
+
+
+def _split_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="copy samples into shards of their own, to evaluate on; a killed run goes on "
+        "where it stopped"
+    )
+    parser.add_argument("folder", type=str, help="shards and manifest; they stay as they are")
+    parser.add_argument("out", type=str, help="folder for the chosen samples")
+    parser.add_argument("--count", type=PositiveInt, default=5000, help="number of samples")
+    parser.add_argument(
+        "--choice",
+        choices=["random", "first"],
+        default="random",
+        help="by seed and keys, or the first in manifest order",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of a random choice")
+    parser.add_argument("--rest", type=str | None, help="folder for all others, to train on")
+    parser.add_argument(
+        "--samples-per-shard", type=PositiveInt, default=1000, help="samples of one shard"
+    )
     return parser
 
 
@@ -70,11 +98,13 @@ def _dispatch(options: Namespace) -> int:
         return _index(options.index)
     if command == "verify":
         return _verify(options.verify)
+    if command == "split":
+        return _split(options.split)
     if command == "encode":
         _show({"features in": options.encode.store, **vars(encode(options.encode))})
         return 0
     kind = options.pack.kind
-    return _pack(KINDS[kind].open_source(options.pack[kind]), options.pack[kind])
+    return _pack(_KINDS[kind].open_source(options.pack[kind]), options.pack[kind])
 
 
 def _pack(source: "Source", options: Namespace) -> int:
@@ -86,13 +116,41 @@ def _pack(source: "Source", options: Namespace) -> int:
         samples_per_shard=options.samples_per_shard,
         num_processes=options.num_processes,
     )
-    rows = {"shards in": options.out, **dataclasses.asdict(report)}
+    _show_report(options.out, report)
+    return 0
+
+
+def _split(options: Namespace) -> int:
+    from segalign.data.loaders import open_shards
+    from segalign.data.splitting import split_shards
+
+    folders = [options.folder, options.out, *([options.rest] if options.rest else [])]
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise ConfigError(
+            f"expected different folders to read and to write; got {', '.join(folders)}; "
+            "choose others"
+        )
+    reports = split_shards(
+        open_shards(Path(options.folder)),
+        Path(options.out),
+        count=options.count,
+        seed=options.seed,
+        choice=options.choice,
+        rest=None if options.rest is None else Path(options.rest),
+        samples_per_shard=options.samples_per_shard,
+    )
+    for folder, report in zip(folders[1:], reports, strict=True):
+        _show_report(folder, report)
+    return 0
+
+
+def _show_report(folder: str, report: "PackReport") -> None:
+    rows = {"shards in": folder, **dataclasses.asdict(report)}
     if not report.preferences:
         del rows["preferences"]
     elif report.has_ties_only:
         rows["warning"] = "all pairs are ties, from which pairwise losses learn nothing"
     _show(rows)
-    return 0
 
 
 def _index(options: Namespace) -> int:

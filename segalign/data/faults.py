@@ -19,6 +19,7 @@ REASONS: Final = (
     "preference_invalid",
     "preference_missing",
     "preference_tie",
+    "questions_invalid",
     "read_error",
 )
 

@@ -23,7 +23,7 @@ from segalign.errors import DataError
 
 
 @dataclass(frozen=True)
-class _Lines:
+class Lines:
     """Lines of a text file by their byte offsets, blank ones left out."""
 
     path: Path
@@ -53,7 +53,7 @@ class JsonlSource:
     def __init__(
         self, path: Path, *, image_root: Path | None = None, check: ImageCheck = "header"
     ) -> None:
-        self._lines = _index_lines(path)
+        self._lines = index_lines(path)
         self._root = None if image_root is None else existing_root(image_root)
         self._check = check
         if self._root is None and b'"path"' in self._lines[0]:
@@ -104,7 +104,7 @@ class PreferenceSource:
     """
 
     def __init__(self, path: Path, *, image_root: Path, check: ImageCheck = "header") -> None:
-        self._lines = _index_lines(path)
+        self._lines = index_lines(path)
         self._root = existing_root(image_root)
         self._check = check
 
@@ -158,7 +158,12 @@ def existing_root(root: Path) -> Path:
     return root.resolve()
 
 
-def _index_lines(path: Path) -> _Lines:
+def index_lines(path: Path) -> Lines:
+    """Find the lines of a JSONL file.
+
+    Raises:
+        DataError: If it cannot be read or is empty.
+    """
     digest, offsets, offset = hashlib.sha256(), [], 0
     try:
         with path.open("rb") as file:
@@ -173,4 +178,4 @@ def _index_lines(path: Path) -> _Lines:
         ) from err
     if not offsets:
         raise DataError(f"`{path}` must hold one JSON object per line; it is empty; check it")
-    return _Lines(path, np.asarray(offsets, dtype=np.int64), digest.hexdigest())
+    return Lines(path, np.asarray(offsets, dtype=np.int64), digest.hexdigest())

@@ -116,7 +116,7 @@ def test_defects_end_with_65(tmp_path, capsys):
         (
             [],
             78,
-            "error: expected a sub-command of `main.py shards`, one of pack, index, ",
+            "error: expected a sub-command of `main.py shards`, one of pack, split, index, ",
         ),
         (
             ["pack"],
@@ -126,7 +126,7 @@ def test_defects_end_with_65(tmp_path, capsys):
         (
             ["nonsense"],
             78,
-            "error: argument pack | index | verify | encode: invalid choice",
+            "error: argument pack | split | index | verify | encode: invalid choice",
         ),
     ],
 )
@@ -158,6 +158,7 @@ def test_help_imports_neither_torch_nor_lightning(repository, argv):
 
 def test_packing_and_verifying_images_needs_no_torch(repository):
     sources = "sources jsonl_sources parquet_source pickapic_source hpd_source long_captions"
+    sources += " prompt_sources dpg_source"
     modules = f"{sources} packing manifest order verify images captions tarfiles"
     imports = "".join(f"import segalign.data.{name}\n" for name in modules.split())
     code = f"import sys\n{imports}assert 'torch' not in sys.modules\n"
