@@ -16,6 +16,7 @@ LIGHT_COMMANDS = {
     "import": "segalign.commands.import_weights",
     "scenes": "segalign.commands.scenes",
     "shards": "segalign.commands.shards",
+    "stats": "segalign.commands.stats",
 }
 # These may need the module of a run, which `load_run` builds for them.
 RUN_COMMANDS = {

@@ -17,7 +17,8 @@ rewards:
   direction estimate a scorer's common direction, or report what it does to scores
 
 data:
-  shards    pack, index, verify or encode WebDataset shards
+  shards    pack, split, index, verify or encode WebDataset shards
+  stats     compute the statistics of real images that FID and its kin compare with
   scenes    keep the weights of the tiny base of the embedded benchmark
 
 SEGALIGN_DEBUG=1 in the environment shows the traceback of every error.

@@ -4,18 +4,20 @@ Dims: B images of a micro-batch, N images of the plan, H/W pixels.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from segalign.diffusion.generator import ImageGenerator
 from segalign.errors import ConfigError, DataError
+from segalign.evaluation.attempts import attempt
 from segalign.evaluation.image_metric import EvaluationSetting, Findings, ImageBatch, ImageMetric
 from segalign.evaluation.observation import observing
 from segalign.evaluation.plan import PlannedBatch
 from segalign.evaluation.ranks import gather_objects, own_rank, world_size
+from segalign.evaluation.result import FailedImage
 from segalign.evaluation.start_images import StartImages
 from segalign.rng import counter_seed
 
@@ -28,18 +30,22 @@ class Outcome:
     """What an evaluation has found, the same on every rank but for the times.
 
     Attributes:
+        setting: What was made.
         values: All metrics' values by name, and ``non_finite_images``.
         findings: What each metric says, by the metric's name; empty if no image counts.
         num_counted: Images that count.
         num_non_finite: Images with pixels that are not finite; they do not count.
+        failures: Images that could not be made, by place; they do not count either.
         making_seconds: This rank's time for making images.
         metric_seconds: This rank's time for all else.
     """
 
+    setting: EvaluationSetting
     values: Mapping[str, float]
     findings: Mapping[str, Findings]
     num_counted: int
     num_non_finite: int
+    failures: Sequence[FailedImage]
     making_seconds: float
     metric_seconds: float
 
@@ -56,6 +62,8 @@ class Evaluator:
         setting: What is made.
         metrics: Who looks; their names differ.
         start: Images of the model before training, if they were kept.
+        bears_failures: Note images that the model raises an error for, and go on with the others;
+            impossible where images are made by several ranks together.
 
     Raises:
         ConfigError: If two metrics have one name.
@@ -66,6 +74,8 @@ class Evaluator:
         setting: EvaluationSetting,
         metrics: Sequence[ImageMetric],
         start: StartImages | None = None,
+        *,
+        bears_failures: bool = False,
     ) -> None:
         names = [metric.name for metric in metrics]
         repeated = next((name for name in names if names.count(name) > 1), None)
@@ -77,6 +87,7 @@ class Evaluator:
         self.setting = setting
         self.metrics = metrics
         self.start = start
+        self.bears_failures = bears_failures
         self._clock = _Clock(setting.device)
 
     def run(
@@ -101,34 +112,44 @@ class Evaluator:
             for metric in self.metrics:
                 metric.start(self.setting)
             self._clock.lap("metrics")
-            counts = self._measure(generator, advance, keep_as_start=keep_as_start)
-            totals = [sum(column) for column in zip(*gather_objects(counts), strict=True)]
+            own = self._measure(generator, advance, keep_as_start=keep_as_start)
+            counts = _Counts.joined(gather_objects(own))
             if keep_as_start and self.start is not None:
                 self._finish_start(self.start)
-            findings = {m.name: m.finish() for m in self.metrics} if totals[0] else {}
+            findings = {m.name: m.finish() for m in self.metrics} if counts.counted else {}
             self._clock.lap("metrics")
-        return self._outcome(findings, *totals)
+        return self._outcome(findings, counts)
 
     def _measure(
         self, generator: ImageGenerator, advance: Callable[[int], None], *, keep_as_start: bool
-    ) -> tuple[int, int]:
-        """Show all of this rank's images; return how many count, and are not finite."""
-        num_counted = num_non_finite = 0
-        for planned in self._planned():
-            images = self._make(generator, planned)
+    ) -> "_Counts":
+        """Show all of this rank's images to the metrics, and count them."""
+        counts = _Counts()
+        for planned in self.setting.plan.batches(own_rank(), world_size()):
+            images = self._make(generator, planned, counts)
             self._clock.lap("making")
-            is_counted = torch.tensor(planned.counted, device=images.device)
-            finite = images.flatten(1).isfinite().all(dim=1)
-            batch = self._batch(planned, images, is_counted & finite, is_start=keep_as_start)
-            if keep_as_start and self.start is not None and is_counted.any():
-                self.start.store(planned.index, batch.pixels)
-            for metric in self.metrics:
-                metric.update(batch)
-            num_counted += int(batch.counted.sum())
-            num_non_finite += int((is_counted & ~finite).sum())
-            advance(int(is_counted.sum()))
+            if images is not None:
+                self._show(images, planned, counts, keep_as_start=keep_as_start)
+            advance(sum(planned.counted))
             self._clock.lap("metrics")
-        return num_counted, num_non_finite
+        return counts
+
+    def _show(
+        self, images: Tensor, planned: PlannedBatch, counts: "_Counts", *, keep_as_start: bool
+    ) -> None:
+        finite = images.flatten(1).isfinite().all(dim=1)
+        wanted = [
+            counted and place not in counts.failures
+            for place, counted in zip(planned.places, planned.counted, strict=True)
+        ]
+        is_counted = torch.tensor(wanted, device=images.device)
+        batch = self._batch(planned, images, is_counted & finite, is_start=keep_as_start)
+        if keep_as_start and self.start is not None and any(planned.counted):
+            self.start.store(planned.index, batch.pixels)
+        for metric in self.metrics:
+            metric.update(batch)
+        counts.counted += int(batch.counted.sum())
+        counts.non_finite += int((is_counted & ~finite).sum())
 
     def _finish_start(self, start: StartImages) -> None:
         """Record that the start is whole; no rank goes on before."""
@@ -136,18 +157,27 @@ class Evaluator:
             start.finish(self.setting)
         gather_objects(None)
 
-    def _planned(self) -> Iterable[PlannedBatch]:
-        return self.setting.plan.batches(own_rank(), world_size())
-
-    def _make(self, generator: ImageGenerator, planned: PlannedBatch) -> Tensor:
-        per_caption = self.setting.plan.images_per_caption
+    def _make(
+        self, generator: ImageGenerator, planned: PlannedBatch, counts: "_Counts"
+    ) -> Tensor | None:
+        """Make a micro-batch; None, or NaN in rows, where that fails and failures are borne."""
+        per_caption, seed = self.setting.plan.images_per_caption, self.setting.eval_seed
         rows = [self.setting.rows[place // per_caption] for place in planned.places]
-        return generator.generate(
-            [row["caption"] for row in rows],
+        captions = [row["caption"] for row in rows]
+        wanted = (
+            captions,
             [row["sample_id"] for row in rows],
-            [image_seed(self.setting.eval_seed, place % per_caption) for place in planned.places],
+            [image_seed(seed, place % per_caption) for place in planned.places],
             self.setting.weights,
         )
+        if not self.bears_failures:
+            return generator.generate(*wanted)
+        images, failures = attempt(generator, *wanted)
+        for failure in failures:
+            if planned.counted[failure.row]:
+                text = f"{failure.error}: {failure.message}".removesuffix(": ")
+                counts.failures[planned.places[failure.row]] = text
+        return images
 
     def _batch(
         self, planned: PlannedBatch, images: Tensor, counted: Tensor, *, is_start: bool
@@ -165,18 +195,42 @@ class Evaluator:
             start_pixels=start,
         )
 
-    def _outcome(
-        self, findings: Mapping[str, Findings], num_counted: int, num_non_finite: int
-    ) -> Outcome:
+    def _outcome(self, findings: Mapping[str, Findings], counts: "_Counts") -> Outcome:
         values = {name: value for one in findings.values() for name, value in one.values.items()}
+        per_caption = self.setting.plan.images_per_caption
         return Outcome(
-            values={**values, "non_finite_images": float(num_non_finite)},
+            setting=self.setting,
+            values={**values, "non_finite_images": float(counts.non_finite)},
             findings=findings,
-            num_counted=num_counted,
-            num_non_finite=num_non_finite,
+            num_counted=counts.counted,
+            num_non_finite=counts.non_finite,
+            failures=[
+                FailedImage(
+                    place=place,
+                    caption=self.setting.rows[place // per_caption]["caption"],
+                    error=error,
+                )
+                for place, error in sorted(counts.failures.items())
+            ],
             making_seconds=self._clock.seconds["making"],
             metric_seconds=self._clock.seconds["metrics"],
         )
+
+
+@dataclass
+class _Counts:
+    """What has become of a rank's images: how many count, are not finite; errors by place."""
+
+    counted: int = 0
+    non_finite: int = 0
+    failures: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, parts: Sequence["_Counts"]) -> "_Counts":
+        """Add up those of all ranks."""
+        failures = {place: error for one in parts for place, error in one.failures.items()}
+        counted = sum(one.counted for one in parts)
+        return cls(counted, sum(one.non_finite for one in parts), failures)
 
 
 def image_seed(eval_seed: int, index: int) -> int:

@@ -80,7 +80,8 @@ class ImageBatch:
     rows: Sequence[CaptionRow]
     pixels: Tensor
     start_pixels: Tensor | None = None
-    _memo: dict[int, Any] = field(default_factory=dict, repr=False)
+    # Functions are kept beside what they gave, so that no other can take their number.
+    _memo: dict[int, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
     @property
     def captions(self) -> list[str]:
@@ -95,8 +96,8 @@ class ImageBatch:
     def once(self, function: Callable[[Tensor], Any]) -> Any:
         """Return ``function(pixels)``, computed once a batch for all metrics that share it."""
         if id(function) not in self._memo:
-            self._memo[id(function)] = function(self.pixels)
-        return self._memo[id(function)]
+            self._memo[id(function)] = (function, function(self.pixels))
+        return self._memo[id(function)][1]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def gather_to_host(rows: Tensor, group: Any = None) -> list[Tensor]:
     Returns:
         The rows of each rank in the order of ranks, on the CPU.
     """
-    device = _transport_device(group)
+    device = transport_device(group)
     headers = _all_gather(_header(rows).to(device), group)
     counts = [int(header[0]) for header in headers]
     if not any(counts):
@@ -60,7 +60,7 @@ def _all_gather(tensor: Tensor, group: Any) -> list[Tensor]:
     return gathered
 
 
-def _transport_device(group: Any) -> torch.device:
+def transport_device(group: Any) -> torch.device:
     """Return the device that the group's backend sends from: the CPU where it can."""
     if "cpu:" in distributed.get_backend_config(group):
         return torch.device("cpu")

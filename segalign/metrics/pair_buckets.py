@@ -12,7 +12,9 @@ ALL: Final = "all"
 LENGTHS: Final = ("length/1-77", "length/78-154", "length/155-308", "length/over_308")
 FACT_PLACES: Final = ("within_77", "across_77", "past_77")
 SEGMENT_GROUPS: Final = ("1", "2-3", "4-7", "8+")
-FACT_SEGMENTS: Final = tuple(f"fact_in_segment/{g}" for g in ("1", "2-3", "4-7", "from_8"))
+# The same as parts of log keys.
+SEGMENT_KEYS: Final = ("1", "2-3", "4-7", "from_8")
+FACT_SEGMENTS: Final = tuple(f"fact_in_segment/{key}" for key in SEGMENT_KEYS)
 BUCKETS: Final = (ALL, *LENGTHS, *FACT_PLACES, *FACT_SEGMENTS)
 
 _LONGEST: Final = (77, 154, 308)
@@ -46,7 +48,11 @@ def pair_buckets(
 
 def length_bucket(scorer: SegmentScorer, caption: str) -> str:
     """Sort a caption by its tokens, start and end included."""
-    num_tokens = _count_tokens(scorer, caption) + 2
+    return bucket_of_length(_count_tokens(scorer, caption) + 2)
+
+
+def bucket_of_length(num_tokens: int) -> str:
+    """Sort a number of tokens, start and end included."""
     return LENGTHS[sum(num_tokens > longest for longest in _LONGEST)]
 
 

@@ -8,9 +8,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from segalign.metrics.fixed_point import from_grid, to_grid
+
 # Vectors of length 1 in this grain have inner products below 2^53, and so have all partial sums
 # (Cauchy-Schwarz): whole numbers that float64 adds exactly, in any order.
-_GRAIN: Final = 2.0**26
+_GRAIN_BITS: Final = 26
 MAX_LENGTH: Final = 1.001
 _BLOCK: Final = 512
 
@@ -24,12 +26,12 @@ def to_fixed_point(features: Tensor) -> Tensor:
     Args:
         features: ``(..., E)``, rows no longer than ``MAX_LENGTH``.
     """
-    return (features.double() * _GRAIN).round()
+    return to_grid(features, _GRAIN_BITS)
 
 
 def from_fixed_point(points: Tensor) -> Tensor:
     """Undo ``to_fixed_point``, but for its rounding."""
-    return points / _GRAIN
+    return from_grid(points, _GRAIN_BITS)
 
 
 def gallery_ranks(

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from segalign.errors import DataError
 from segalign.formats.clip_scorer import ResizeFilter, Scorer, load_clip_scorer
-from segalign.rewards.bound_reward import BoundReward, RewardTerms
+from segalign.rewards.bound_reward import RewardTerms
 from segalign.rewards.common_direction import CommonDirection, ask_direction, observe_direction
 from segalign.rewards.decomposition import common_share, reweight, text_irrelevant
 from segalign.rewards.protocol import FrozenReward, check_batch
@@ -117,7 +117,7 @@ class ClipReward(FrozenReward):
         texts = self._read(captions)
         return (self.image_features(images) * texts.weighted).sum(dim=-1)
 
-    def bind(self, captions: Sequence[str], counted: Tensor | None = None) -> BoundReward:
+    def bind(self, captions: Sequence[str], counted: Tensor | None = None) -> "BoundClipReward":
         """Encode captions and ask for the common direction, once for all images: see `bind_reward`.
 
         An estimate that learns does so here, as in a call. With a common direction, the parts are
@@ -132,7 +132,7 @@ class ClipReward(FrozenReward):
         Raises:
             DataError: If text features are not finite.
         """
-        return _BoundClipReward(self, self._read(captions, counted))
+        return BoundClipReward(self, self._read(captions, counted))
 
     def image_features(self, images: Tensor) -> Tensor:
         """Encode images in [0, 1] to unit vectors ``(B, E)``; differentiable in the images.
@@ -233,16 +233,20 @@ class _Texts:
 
 
 @dataclass(frozen=True, eq=False)
-class _BoundClipReward:
+class BoundClipReward:
     """A reward that knows its captions."""
 
     reward: ClipReward
     texts: _Texts
 
     def __call__(self, images: Tensor, rows: Tensor) -> RewardTerms:
+        """See ``BoundReward``."""
         self.reward.freeze()
         # Not `image_features`: its check waits for the device.
-        image_features = self.reward.scorer.image_features(images)
+        return self.score_features(self.reward.scorer.image_features(images), rows)
+
+    def score_features(self, image_features: Tensor, rows: Tensor) -> RewardTerms:
+        """Score images by their unit features ``(M, E)``, which others may need too."""
         rewards = (image_features * self.texts.weighted[rows]).sum(dim=-1)
         seen = image_features.detach()
         parts = {name: (seen * part[rows]).sum(dim=-1) for name, part in self.texts.parts.items()}

@@ -57,21 +57,14 @@ class SceneScore:
             metadata: Their metadata, with the facts that they state.
         """
         scenes = read_scenes(images, self.world).scenes
-        records = [self._records(*row) for row in zip(captions, metadata, strict=True)]
+        records = [
+            stated_facts(*row, self.tokenizer) for row in zip(captions, metadata, strict=True)
+        ]
         others = scenes[1:] + scenes[:1]
         for facts, scene, other in zip(records, scenes, others, strict=True):
             self.counts.update(count_facts(facts, scene))
             if len(scenes) > 1:
                 self.chance.update(count_facts(facts, other))
-
-    def _records(self, caption: str, metadata: Mapping[str, Any]) -> list[FactRecord]:
-        if "facts" not in metadata:
-            raise ConfigError(
-                "expected captions of scenes, with their facts, for the oracle; got others. "
-                "Remove the scenes callbacks from `trainer.callbacks`."
-            )
-        positions = char_token_positions(caption, self.tokenizer)
-        return fact_records(metadata["facts"], positions.tolist())
 
     def to_tensor(self) -> Tensor:
         """Return all counts as one int64 vector, to be summed over ranks."""
@@ -92,6 +85,23 @@ class SceneScore:
     def chance_accuracies(self) -> dict[str, float]:
         """Return what captions score against pictures of other captions."""
         return accuracies(+self.chance)
+
+
+def stated_facts(
+    caption: str, metadata: Mapping[str, Any], tokenizer: CLIPTokenizer
+) -> list[FactRecord]:
+    """Return the facts that a caption of scenes states, placed on its tokens.
+
+    Raises:
+        ConfigError: If it is another caption.
+    """
+    if "facts" not in metadata:
+        raise ConfigError(
+            "expected captions of scenes, with their facts, for the oracle; got others. "
+            "Remove the scenes callbacks from `trainer.callbacks`."
+        )
+    positions = char_token_positions(caption, tokenizer)
+    return fact_records(metadata["facts"], positions.tolist())
 
 
 _KEYS = tuple((name, part) for name in NAMES for part in ("right", "all"))
