@@ -12,12 +12,13 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from callbacks.image_metric import ImageMetricCallback
 from segalign.data.progress import show_progress
 from segalign.diffusion.generator import Weights, as_generator
-from segalign.errors import ConfigError
+from segalign.errors import ConfigError, DataError, NonFiniteError
 from segalign.evaluation.captions import CaptionRow, read_caption_rows
 from segalign.evaluation.curves import write_curves
 from segalign.evaluation.evaluator import Evaluator, Outcome
@@ -100,6 +101,31 @@ class ImageEvaluation(Callback):
         _log(pl_module, "test", self._evaluate(trainer, pl_module, is_final=True).values)
 
     @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the command with an error if images are missing; reports have been written.
+
+        Raises:
+            DataError: If images could not be made.
+            NonFiniteError: If none is finite.
+        """
+        outcome = self.outcome
+        if outcome is None:
+            return
+        if outcome.failures:
+            first = outcome.failures[0]
+            raise DataError(
+                f"expected an image of every caption; {len(outcome.failures)} of "
+                f"{outcome.setting.plan.num_images} could not be made, the first for "
+                f"`{first.caption[:60]}`: {first.error}. Results are of the others; mend the "
+                "captions or the model."
+            )
+        if not outcome.num_counted:
+            raise NonFiniteError(
+                f"expected finite images to evaluate; all {outcome.num_non_finite} are NaN or "
+                "infinite. Use float32, or another checkpoint."
+            )
+
+    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where the curves are."""
         curves = _folder(trainer) / "curves.png"
@@ -124,7 +150,12 @@ class ImageEvaluation(Callback):
         # Rank 0 looks, so that all decide alike.
         has_start = is_start or bool(trainer.strategy.broadcast(start.is_of(setting)))
         metrics = _metrics(trainer, pl_module)
-        evaluator = Evaluator(setting, metrics, start if has_start else None)
+        evaluator = Evaluator(
+            setting,
+            metrics,
+            start if has_start else None,
+            bears_failures=is_final and not _is_sharded(pl_module),
+        )
         title = f"evaluating {setting.plan.num_images} images"
         shown = show_progress(title, setting.plan.num_images // trainer.world_size)
         with shown if trainer.is_global_zero else contextlib.nullcontext(_ignore) as advance:
@@ -206,6 +237,11 @@ def _log(pl_module: pl.LightningModule, stage: str, values: Mapping[str, float])
     """Log values that are the same on every rank."""
     for name, value in values.items():
         pl_module.log(f"{stage}/{name}", value, rank_zero_only=False)
+
+
+def _is_sharded(pl_module: pl.LightningModule) -> bool:
+    """Tell whether ranks must make images together, so that none can try again alone."""
+    return any(isinstance(weight, DTensor) for weight in pl_module.parameters())
 
 
 def _best_weights(pl_module: pl.LightningModule) -> Weights:

@@ -1,0 +1,115 @@
+"""Watch a run for signs that it climbs its reward at the cost of its images."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+from typing_extensions import override
+
+from callbacks.image_metric import ImageMetricCallback
+from segalign.evaluation.evaluator import Outcome
+from segalign.evaluation.hacking_rule import HackingRule, Verdict
+from segalign.evaluation.hacking_settings import HackingSettings
+from segalign.evaluation.image_metric import ImageMetric
+from segalign.evaluation.reading import Reading
+from segalign.metrics.image_similarity import ImageSimilarity
+from segalign.metrics.image_statistics import ImageStatistics
+from segalign.metrics.reward_means import RewardMetric, ScoreImages
+from segalign.rewards.clip_reward import ClipReward
+from segalign.rewards.protocol import Reward
+
+SUSPECTED = "reward_hacking_suspected"
+_logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Rewarded(Protocol):
+    """A module that scores images by the reward that it is trained on, and by others."""
+
+    score_images: ScoreImages
+    reward: Reward
+    held_out: Mapping[str, Reward]
+
+
+class OverfitMonitor(ImageMetricCallback):
+    """Log what tells over-fitting from learning, and raise ``reward_hacking_suspected``.
+
+    At every evaluation: the trained and the held-out rewards, how alike images of different
+    captions are, how alike images are to the common direction of captions, sharpness and other
+    statistics of images; with `callbacks.lpips.LPIPS` among the callbacks, diversity and drift are
+    heard too. `segalign.evaluation.hacking_rule` says when a run is suspected: its evaluation then
+    logs ``val/reward_hacking_suspected`` as 1 (else 0), and a warning says why.
+
+    Args:
+        stop: End the training when the run is suspected.
+        rule: What is watched, and the thresholds; null are those set on the embedded benchmark.
+    """
+
+    def __init__(self, stop: bool = False, rule: HackingSettings | None = None) -> None:
+        super().__init__()
+        self.stop = stop
+        self.rule = HackingRule(rule)
+        self.verdict: Verdict | None = None
+
+    @override
+    def make_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> Sequence[ImageMetric]:
+        metrics: list[ImageMetric] = [ImageStatistics()]
+        if isinstance(pl_module, Rewarded):
+            rewards = {
+                "reward": pl_module.reward,
+                **{f"held_out/{name}": one for name, one in pl_module.held_out.items()},
+            }
+            metrics.append(RewardMetric(pl_module.score_images, rewards))
+            # One that embeds images and captions in one space; the trained one first.
+            seeing = [one for one in rewards.values() if isinstance(one, ClipReward)]
+            metrics += [ImageSimilarity(one) for one in seeing[:1]]
+        return metrics
+
+    @override
+    def on_outcome(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome
+    ) -> None:
+        """Judge an evaluation of the training; every rank finds the same."""
+        if not trainer.training and not trainer.validating:
+            return
+        self.verdict = self.rule.judge(_reading(trainer.global_step, outcome))
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {f"val/{SUSPECTED}": float(self.verdict.suspected)}, step=trainer.global_step
+            )
+        if self.verdict.is_new:
+            self._say(trainer, self.verdict)
+        if self.verdict.suspected and self.stop:
+            trainer.should_stop = True
+
+    def _say(self, trainer: pl.Trainer, verdict: Verdict) -> None:
+        reasons = "; ".join(verdict.reasons)
+        text = f"{SUSPECTED} at step {verdict.step}, since step {verdict.since}: {reasons}"
+        if trainer.is_global_zero:
+            _logger.warning("%s%s", text, "; the training ends" if self.stop else "")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(SUSPECTED, text, verdict.step)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Keep what later evaluations are held against."""
+        return self.rule.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rule.load_state_dict(state_dict)
+
+
+def _reading(step: int, outcome: Outcome) -> Reading:
+    per_image = {
+        name: values
+        for findings in outcome.findings.values()
+        for name, values in findings.per_image.items()
+    }
+    per_caption = outcome.setting.plan.images_per_caption
+    return Reading(step, outcome.values, per_image, per_caption)
