@@ -14,6 +14,7 @@ from segalign.errors import ConfigError
 LIGHT_COMMANDS = {
     "direction": "segalign.commands.direction",
     "import": "segalign.commands.import_weights",
+    "results": "segalign.commands.results",
     "scenes": "segalign.commands.scenes",
     "shards": "segalign.commands.shards",
     "stats": "segalign.commands.stats",

@@ -2,9 +2,9 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +26,16 @@ from segalign.evaluation.history import History
 from segalign.evaluation.image_metric import EvaluationSetting, ImageMetric, SourcePool
 from segalign.evaluation.plan import EvaluationPlan
 from segalign.evaluation.start_images import StartImages
+
+
+@runtime_checkable
+class CutsCaptions(Protocol):
+    """A model that may not read captions to their end."""
+
+    def caption_cuts(self, captions: Sequence[str]) -> Mapping[str, Mapping[str, int]]:
+        """Count the captions that are cut, by tokenizer, and log a line of it."""
+        ...
+
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +108,8 @@ class ImageEvaluation(Callback):
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate, and log."""
-        _log(pl_module, "test", self._evaluate(trainer, pl_module, is_final=True).values)
+        values = self._evaluate(trainer, pl_module, is_final=True).values
+        _log(pl_module, "test", {n: v for n, v in values.items() if not _is_detail(n)})
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -145,6 +156,8 @@ class ImageEvaluation(Callback):
     ) -> Outcome:
         chosen = weights or self.weights or _best_weights(pl_module)
         setting = self._setting(trainer, pl_module, chosen, is_final=is_final)
+        if isinstance(pl_module, CutsCaptions) and trainer.is_global_zero:
+            pl_module.caption_cuts([row["caption"] for row in setting.rows])
         observers = _observers(trainer)
         start = StartImages(_folder(trainer) / "start")
         # Rank 0 looks, so that all decide alike.
@@ -231,6 +244,11 @@ def _metrics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[ImageMe
 def _observers(trainer: pl.Trainer) -> list[ImageMetricCallback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, ImageMetricCallback)]
+
+
+def _is_detail(name: str) -> bool:
+    """Tell whether a value is one of many of a kind, which reports draw and no log needs."""
+    return "/length/" in name or name.startswith(("segment_", "chance/"))
 
 
 def _log(pl_module: pl.LightningModule, stage: str, values: Mapping[str, float]) -> None:

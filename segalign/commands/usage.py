@@ -13,12 +13,13 @@ images and weights:
   export    --checkpoint RUN --format diffusers|lora|official-lora --out DIR
   import    official LoRA lists, adapters, Denscore, LongSD
 
-rewards:
+results:
+  results   FILE [FILE ...]: results of `test` as one table, if their numbers may be compared
   direction estimate a scorer's common direction, or report what it does to scores
 
 data:
   shards    pack, split, index, verify or encode WebDataset shards
-  stats     compute the statistics of real images that FID and its kin compare with
+  stats     compute statistics of real images, which FID and its kin compare with
   scenes    keep the weights of the tiny base of the embedded benchmark
 
 SEGALIGN_DEBUG=1 in the environment shows the traceback of every error.

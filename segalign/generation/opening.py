@@ -121,9 +121,7 @@ def choose_weights(module: object, wanted: Weights | None) -> Weights:
     """
     has_average = getattr(module, "ema", None) is not None
     if wanted == "ema" and not has_average:
-        raise ConfigError(
-            "expected averaged weights for `--weights ema`; the run keeps none. Use `raw`."
-        )
+        raise ConfigError("expected averaged weights for `ema`; the run keeps none. Use `raw`.")
     return wanted or ("ema" if has_average else "raw")
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from segalign.metrics.extractors.frozen import FrozenNetwork
-from segalign.metrics.extractors.protocol import exact_pass
 
 _EPSILON: Final = 1e-8
 
@@ -60,11 +59,10 @@ class StageNet(FrozenNetwork[list[Tensor]]):
             float64 ``(B,)``, on the network's device.
         """
         total = torch.zeros(len(first[0]), dtype=torch.float64, device=self.device)
-        with exact_pass(self.device):
-            for head, one, other in zip(self._heads, first, second, strict=True):
-                weights = head.to(self.device).view(-1, 1, 1)
-                places = ((one - other).square() * weights).sum(dim=1)
-                total += places.mean(dim=(1, 2)).double()
+        for head, one, other in zip(self._heads, first, second, strict=True):
+            weights = head.to(self.device).view(-1, 1, 1)
+            places = ((one - other).square() * weights).sum(dim=1)
+            total += places.mean(dim=(1, 2)).double()
         return total
 
 
