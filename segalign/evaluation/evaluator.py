@@ -145,7 +145,7 @@ class Evaluator:
         is_counted = torch.tensor(wanted, device=images.device)
         batch = self._batch(planned, images, is_counted & finite, is_start=keep_as_start)
         if keep_as_start and self.start is not None and any(planned.counted):
-            self.start.store(planned.index, batch.pixels)
+            self.start.store(planned.index, batch.pixels, finite)
         for metric in self.metrics:
             metric.update(batch)
         counts.counted += int(batch.counted.sum())
@@ -184,15 +184,16 @@ class Evaluator:
     ) -> ImageBatch:
         per_caption = self.setting.plan.images_per_caption
         pixels = to_pixels(torch.where(counted.view(-1, 1, 1, 1), images, 0))
-        start = pixels if is_start else None
-        if start is None and self.start is not None:
-            start = self.start.read(planned.index).to(pixels.device)
+        start, start_finite = (pixels, counted) if is_start else (None, None)
+        if not is_start and self.start is not None:
+            start, start_finite = (one.to(pixels.device) for one in self.start.read(planned.index))
         return ImageBatch(
             places=torch.tensor(planned.places),
             counted=counted,
             rows=[self.setting.rows[place // per_caption] for place in planned.places],
             pixels=pixels,
             start_pixels=start,
+            start_finite=start_finite,
         )
 
     def _outcome(self, findings: Mapping[str, Findings], counts: "_Counts") -> Outcome:

@@ -73,6 +73,7 @@ class ImageBatch:
         pixels: uint8 ``(B, 3, H, W)``, clamped and rounded as files are; 0 where not made.
         start_pixels: Images of the same captions and noise by the model as it was before training,
             uint8 ``(B, 3, H, W)``, or None if there are none.
+        start_finite: Which of those were finite, bool ``(B,)``; None without them.
     """
 
     places: Tensor
@@ -80,6 +81,7 @@ class ImageBatch:
     rows: Sequence[CaptionRow]
     pixels: Tensor
     start_pixels: Tensor | None = None
+    start_finite: Tensor | None = None
     # Functions are kept beside what they gave, so that no other can take their number.
     _memo: dict[int, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 

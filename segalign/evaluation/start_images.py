@@ -50,29 +50,38 @@ class StartImages:
             self._file(index).is_file() for index in range(setting.plan.num_batches)
         )
 
-    def store(self, index: int, pixels: Tensor) -> None:
-        """Write a micro-batch, uint8 ``(B, 3, H, W)``, whole or not at all."""
+    def store(self, index: int, pixels: Tensor, finite: Tensor) -> None:
+        """Write a micro-batch, whole or not at all.
+
+        Args:
+            index: Its number in the plan.
+            pixels: uint8 ``(B, 3, H, W)``.
+            finite: Which images were finite, bool ``(B,)``.
+        """
         make_directory(self.folder)
-        write_bytes_atomic(self._file(index), save({"pixels": pixels.cpu().contiguous()}))
+        tensors = {"pixels": pixels.cpu().contiguous(), "finite": finite.cpu()}
+        write_bytes_atomic(self._file(index), save(tensors))
 
     def finish(self, setting: EvaluationSetting) -> None:
         """Record that all ranks have stored what is theirs; one rank calls it."""
         make_directory(self.folder)
         write_text_atomic(self.folder / _RECORD, json.dumps(self.describe(setting), indent=1))
 
-    def read(self, index: int) -> Tensor:
-        """Read a micro-batch, uint8 ``(B, 3, H, W)``.
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Read what ``store`` wrote of a micro-batch.
 
         Raises:
             DataError: If it is missing or damaged.
         """
-        pixels = read_tensors(self._file(index)).get("pixels")
-        if pixels is None or pixels.dtype != torch.uint8 or pixels.ndim != 4:
+        tensors = read_tensors(self._file(index))
+        pixels, finite = tensors.get("pixels"), tensors.get("finite")
+        kinds = [None if one is None else (one.dtype, one.ndim) for one in (pixels, finite)]
+        if pixels is None or finite is None or kinds != [(torch.uint8, 4), (torch.bool, 1)]:
             raise DataError(
                 f"expected images of the start in `{self._file(index)}`; got something else; "
                 "delete the folder, and drift from the start is left out"
             )
-        return pixels
+        return pixels, finite
 
     def _file(self, index: int) -> Path:
         return self.folder / f"batch-{index:05d}.safetensors"

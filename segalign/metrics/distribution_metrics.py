@@ -21,6 +21,7 @@ from segalign.metrics.frechet_distance import FrechetDistance, few_samples
 from segalign.metrics.inception_score import InceptionScore
 from segalign.metrics.kernel_distance import KernelDistance
 from segalign.metrics.kernels import Estimator, Kernel, PolynomialKernel
+from segalign.metrics.metric_protocol import weight_notes
 from segalign.metrics.reference_statistics import ReferenceStatistics
 
 _PROBE_SIZE: Final = 64
@@ -113,7 +114,10 @@ class FrechetImageMetric(ImageMetric):
     def _notes(self) -> list[str]:
         counts = {"generated": self.metric.num_generated, "real": self.metric.num_real}
         found = [few_samples(*side, self.extractor.num_features) for side in counts.items()]
-        return [f"{self.name}: {one}; compare it at equal counts only" for one in found if one]
+        return [
+            *weight_notes(self.name, self.extractor.protocol()),
+            *(f"{self.name}: {one}; compare it at equal counts only" for one in found if one),
+        ]
 
 
 class InceptionScoreImageMetric(ImageMetric):
@@ -177,9 +181,10 @@ class InceptionScoreImageMetric(ImageMetric):
             "ddof": self.ddof,
             "dtype": "float64",
         }
-        empty = int(found["num_empty_splits"])
-        notes = [f"{self.name}: {empty} of {self.num_splits} splits are empty and left out"]
-        return Findings(values, protocol, notes=notes if empty else ())
+        notes = weight_notes(self.name, self.extractor.protocol())
+        if empty := int(found["num_empty_splits"]):
+            notes.append(f"{self.name}: {empty} of {self.num_splits} splits are empty and left out")
+        return Findings(values, protocol, notes=notes)
 
 
 class KernelImageMetric(ImageMetric):
@@ -256,7 +261,8 @@ class KernelImageMetric(ImageMetric):
             "subsets": subsets if self.num_subsets else "all images",
             "dtype": "float64",
         }
-        return Findings(values, protocol)
+        notes = weight_notes(self.name, self.extractor.protocol())
+        return Findings(values, protocol, notes=notes)
 
     def _check_count(self, side: str, count: int) -> None:
         least = max(self.subset_size if self.num_subsets else 0, 2)

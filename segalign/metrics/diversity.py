@@ -3,9 +3,8 @@
 Dims: B images of a micro-batch, P prompts in it, n images of each.
 """
 
-from collections.abc import Mapping
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from typing_extensions import override
 
 from segalign.errors import ConfigError
 from segalign.evaluation.image_metric import EvaluationSetting, Findings, ImageBatch, ImageMetric
+from segalign.metrics.metric_protocol import weight_notes
 from segalign.metrics.perceptual.protocol import PerceptualNet, PerceptualSource
 from segalign.metrics.place_values import PlaceValues
 from segalign.metrics.value_mean import ValueMean
@@ -81,7 +81,7 @@ class Diversity(ImageMetric):
         result, columns = self._mean.compute(), self._columns.join(self._num_images)
         num_prompts = int(result["num_samples"])
         num_left_out = self._num_images // self._per_prompt - num_prompts
-        notes = weight_notes(self.name, self._net)
+        notes = weight_notes(self.name, self._net.protocol())
         if num_left_out:
             notes.append(
                 f"{self.name}: {num_left_out} captions are left out, of which fewer than two "
@@ -126,11 +126,3 @@ def prompt_diversity(
 def prompts_of(batch: ImageBatch, per_prompt: int) -> Tensor:
     """Number the captions of a micro-batch as the plan does, int64 ``(P,)``."""
     return batch.places[::per_prompt] // per_prompt
-
-
-def weight_notes(name: str, net: PerceptualNet) -> list[str]:
-    """Say if a network's weights are not the published ones."""
-    protocol: Mapping[str, Any] = net.protocol()
-    if protocol.get("verified", True):
-        return []
-    return [f"{name}: the weights of {protocol['name']} are not the published ones"]

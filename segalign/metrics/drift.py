@@ -6,7 +6,8 @@ Dims: B images of a micro-batch.
 from typing_extensions import override
 
 from segalign.evaluation.image_metric import EvaluationSetting, Findings, ImageBatch, ImageMetric
-from segalign.metrics.diversity import prompt_diversity, prompts_of, weight_notes
+from segalign.metrics.diversity import prompt_diversity, prompts_of
+from segalign.metrics.metric_protocol import weight_notes
 from segalign.metrics.perceptual.protocol import PerceptualNet, PerceptualSource
 from segalign.metrics.place_values import PlaceValues
 from segalign.metrics.value_mean import ValueMean
@@ -51,17 +52,21 @@ class Drift(ImageMetric):
         is_start = batch.start_pixels is batch.pixels
         before = now if is_start else self._net(batch.start_pixels)
         distances = self._net.distance(now, before)
-        self._drift.update(distances, batch.places, batch.counted)
-        self._columns.add(batch.places, batch.counted, {self.name: distances})
+        start_counted = batch.counted
+        if batch.start_finite is not None:
+            start_counted = start_counted & batch.start_finite
+        self._drift.update(distances, batch.places, start_counted)
+        self._columns.add(batch.places, start_counted, {self.name: distances})
         if self._per_prompt > 1:
-            found = prompt_diversity(self._net, before, batch.counted, self._per_prompt)
+            found = prompt_diversity(self._net, before, start_counted, self._per_prompt)
             prompts = prompts_of(batch, self._per_prompt)
             self._start_diversity.update(found.values, prompts, found.has_pair)
 
     @override
     def finish(self) -> Findings:
         """Join the ranks, which all have images of the start, or none of them has."""
-        columns, notes = self._columns.join(self._num_images), weight_notes(self.name, self._net)
+        columns = self._columns.join(self._num_images)
+        notes = weight_notes(self.name, self._net.protocol())
         num_images, drift = _join(self._drift)
         num_prompts, start_diversity = _join(self._start_diversity)
         values = {}

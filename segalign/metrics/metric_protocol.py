@@ -42,6 +42,18 @@ def check_same_protocol(first: Mapping[str, Any], second: Mapping[str, Any], wha
             )
 
 
+def weight_notes(name: str, network: Mapping[str, Any]) -> list[str]:
+    """Say it where a network's weights are not the published ones, whose numbers others report.
+
+    Args:
+        name: Of the metric.
+        network: Protocol of its network; ``verified`` is false for such weights.
+    """
+    if network.get("verified", True):
+        return []
+    return [f"{name}: the weights of {network['name']} are not the published ones"]
+
+
 def _leaves(protocol: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Flatten a protocol to dotted names and values as JSON, which tells 1 from "1"."""
     leaves: dict[str, str] = {}

@@ -78,6 +78,41 @@ def test_without_a_finite_image_there_are_no_findings():
     assert outcome.findings == {}
 
 
+class Refusing(ToyGenerator):
+    """Cannot make one of the captions."""
+
+    def generate(self, captions, *rest):
+        if "caption 2" in captions:
+            raise RuntimeError("no such thing\nin this model")
+        return super().generate(captions, *rest)
+
+
+def test_a_caption_that_cannot_be_drawn_is_noted_and_the_others_are_made():
+    recorder = Recorder()
+    evaluator = Evaluator(setting_of(), [recorder], bears_failures=True)
+    outcome = evaluator.run(Refusing())
+    (failure,) = outcome.failures
+    assert (failure.place, failure.caption) == (2, "caption 2")
+    assert failure.error == "RuntimeError: no such thing"
+    assert (outcome.num_counted, outcome.num_non_finite) == (4, 0)
+    assert recorder.batches[0].counted.tolist() == [True, True, False, True]
+    expected = evaluate()[1].batches[0].pixels
+    assert torch.equal(recorder.batches[0].pixels[[0, 1, 3]], expected[[0, 1, 3]])
+
+
+def test_a_batch_of_which_nothing_can_be_drawn_is_passed_over():
+    recorder = Recorder()
+    evaluator = Evaluator(setting_of(3, batch_size=1), [recorder], bears_failures=True)
+    outcome = evaluator.run(Refusing())
+    assert [batch.places.tolist() for batch in recorder.batches] == [[0], [1]]
+    assert [failure.place for failure in outcome.failures] == [2]
+
+
+def test_a_training_ends_at_what_cannot_be_drawn():
+    with pytest.raises(RuntimeError, match="no such thing"):
+        evaluate(Refusing())
+
+
 def test_random_generators_are_left_as_they_were():
     states = []
     for is_evaluated in (False, True):
@@ -140,6 +175,14 @@ def test_the_start_is_kept_and_compared_with(tmp_path):
     for before, now in zip(first.batches, later.batches, strict=True):
         assert torch.equal(before.start_pixels, before.pixels)
         assert torch.equal(now.start_pixels, before.pixels)
+
+
+def test_an_image_that_was_not_finite_at_the_start_is_known(tmp_path):
+    start = StartImages(tmp_path / "start")
+    evaluate(ToyGenerator(bad_captions=["caption 1"]), start=start, keep=True)
+    _, later = evaluate(start=start)
+    assert later.batches[0].counted.tolist() == [True] * 4
+    assert later.batches[0].start_finite.tolist() == [True, False, True, True]
 
 
 @pytest.mark.parametrize("changed", [{"count": 6}, {"eval_seed": 4}, {"batch_size": 5}])
