@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 
 from segalign.diffusion.generator import Weights
 from segalign.errors import ConfigError
 from segalign.run_directory import BestRecord, best_checkpoint, forget_best, read_best, write_best
 from segalign.run_format import read_tensors
+from segalign.sharded_tensors import copy_into
 
 MonitorMode = Literal["max", "min"]
 _logger = logging.getLogger(__name__)
@@ -147,8 +147,7 @@ def stored_weights(module: nn.Module, checkpoint: Path, weights: Weights) -> Ite
         _copy_into(own, before)
 
 
-@torch.no_grad()
 def _copy_into(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if name in own:
-            own[name].copy_(tensor)
+            copy_into(own[name], tensor)

@@ -63,7 +63,7 @@ class EMA(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Store the average beside the raw weights."""
+        """Store the average beside the raw weights; all ranks come here."""
         if self._ema is not None:
             checkpoint["ema"] = self._ema.state_dict()
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from lightning_modules.training import TrainingModule
@@ -12,6 +13,7 @@ from segalign.diffusion.bundle import BundleSource
 from segalign.diffusion.generator import TextToImage, Weights, evaluation_mode
 from segalign.diffusion.lora import LoraSettings
 from segalign.diffusion.scheduler_sampler import Sampler
+from segalign.sharding import kept_whole, shard_backbone
 from segalign.text.settings import TextEncoding
 from segalign.types import CaptionBatch
 
@@ -80,7 +82,13 @@ class GeneratorModule(TrainingModule):
         if self.needs_objective:
             self.configure_objective()
         self.check_trained_precision()
+        self.share_weights()
         self.train()
+
+    @override
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the denoising network; text models, codec and rewards stay whole."""
+        shard_backbone(self.unet, mesh)
 
     def configure_objective(self) -> None:
         """Make what else the training needs, once the model is there; here: nothing."""
@@ -109,7 +117,12 @@ class GeneratorModule(TrainingModule):
     ) -> Tensor:
         """Make images in [0, 1], ``(B, 3, H, W)``: see ``ImageGenerator``."""
         noise = self.generator.noise(sample_ids, eval_seed).to(self.device)
-        with evaluation_mode(self), self.weights(weights), self.precision_context():
+        with (
+            evaluation_mode(self),
+            self.weights(weights),
+            self.precision_context(),
+            kept_whole(self.unet),
+        ):
             return self.generator.sample(captions, noise, self.sampler)
 
     def precision_context(self) -> contextlib.AbstractContextManager[None]:

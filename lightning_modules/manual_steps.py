@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_modules.training import TrainingModule
 from segalign.errors import NonFiniteError
-from segalign.reward_tuning.gradients import clip_gradients
+from segalign.gradients import clip_gradients
 
 
 def local_backward(strategy: Strategy) -> contextlib.AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_modules.sharded_strategy import ShardedStrategy
 from segalign.errors import ConfigError, DataError
 from segalign.rewards.protocol import Reward
 from segalign.rewards.zoo import check_global_batch
@@ -36,10 +37,11 @@ def check_trainer(trainer: pl.Trainer) -> None:
             f"`trainer.accumulate_grad_batches` {trainer.accumulate_grad_batches}; leave it out, "
             "and set `model.init_args.memory.rollout_batch_size` to sample the batch in parts"
         )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | ShardedStrategy):
         raise ConfigError(
-            "expected a single device or `trainer.strategy: ddp` for reward fine-tuning; got "
-            f"`{type(trainer.strategy).__name__}`; use `ddp`: with LoRA little is sharded anyway"
+            "expected a single device, `trainer.strategy: ddp` or sharded weights for reward "
+            f"fine-tuning; got `{type(trainer.strategy).__name__}`; use `ddp` or layer "
+            "configs/base/fsdp.yaml: with LoRA there is little to shard"
         )
     if trainer.precision in ("16-mixed", "16-true"):
         raise ConfigError(

@@ -7,12 +7,13 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from lightning_modules import manual_steps, reward_checks
 from lightning_modules.reward_figures import gradient_figures, step_means
 from lightning_modules.scored_generator_module import ScoredGeneratorModule
-from lightning_modules.step_speed import StepSpeed
+from lightning_modules.step_speed import StepSpeed, count_step
 from segalign.diffusion.bundle import BundleSource
 from segalign.diffusion.clipped_sampler import ClippedSampler
 from segalign.diffusion.generator import TextToImage
@@ -22,9 +23,9 @@ from segalign.diffusion.sampler import DDIMSampler, EulerSampler
 from segalign.diffusion.scheduler_sampler import SchedulerSampler
 from segalign.diffusion.tiny_decoder import TinyDecoder
 from segalign.errors import SegalignError
+from segalign.gradients import average_gradients
 from segalign.losses.denoising_objective import DenoisingObjective
 from segalign.reward_tuning.denoising import denoising_gradient
-from segalign.reward_tuning.gradients import average_gradients
 from segalign.reward_tuning.lora_norm import lora_norm
 from segalign.reward_tuning.settings import (
     EngineName,
@@ -37,6 +38,7 @@ from segalign.reward_tuning.step import RewardStep, StepReport
 from segalign.rewards.direction_state import direction_state, load_direction_state
 from segalign.rewards.latent_loss import RewardObjective, Saturated
 from segalign.rewards.protocol import RewardSource, check_reward_names
+from segalign.sharding import shard_backbone
 from segalign.text.conditioning import TextConditioning
 from segalign.text.settings import TextEncoding
 from segalign.trainable import trainable_parameters
@@ -159,6 +161,15 @@ class RewardFineTuningModule(ScoredGeneratorModule):
             penalty=self.penalty,
             reference=self.reference,
         )
+        # Calls of sharded weights cannot be counted any more.
+        self.step_cost = None if self.device_mesh is None else count_step(self)
+
+    @override
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the denoising network, and its frozen copy where there is one."""
+        super().shard(mesh)
+        if self.reference is not None:
+            shard_backbone(self.reference.unet, mesh)
 
     @override
     def train(self, mode: bool = True) -> Self:
@@ -172,7 +183,7 @@ class RewardFineTuningModule(ScoredGeneratorModule):
     def configure_callbacks(self) -> list[Any]:
         """Refuse settings of the trainer that this module cannot follow, before Lightning does."""
         reward_checks.check_trainer(self.trainer)
-        return []
+        return super().configure_callbacks()
 
     @override
     def on_fit_start(self) -> None:

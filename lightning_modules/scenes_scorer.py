@@ -84,10 +84,7 @@ class ScenesScorerModule(SegmentPreferenceModule):
         self.max_noise = max_noise
 
     @override
-    def configure_model(self) -> None:
-        if hasattr(self, "scorer"):
-            return
-        super().configure_model()
+    def configure_losses(self) -> None:
         if not hasattr(self.scorer.model, "text_model") and (
             self.read_before_end or self.reading_weight
         ):

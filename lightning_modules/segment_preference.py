@@ -1,6 +1,7 @@
 """Training of CLIP-type preference models that score long captions piece by piece."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
@@ -9,6 +10,7 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from lightning_modules.training import TrainingModule
@@ -20,6 +22,8 @@ from segalign.rewards.chunks import encode_in_chunks, encode_texts
 from segalign.rewards.scorer_source import PretrainedScorer, ScorerSource
 from segalign.rewards.segment_scorer import SegmentFeatures, SegmentScorer
 from segalign.rewards.trained_parts import TrainedParts
+from segalign.sharded_tensors import local
+from segalign.sharding import is_sharded, shard_trained_layers
 from segalign.text.segmenter import Segmenter, SentenceSegmenter
 from segalign.types import CaptionBatch, PreferenceBatch
 
@@ -46,7 +50,8 @@ class SegmentPreferenceModule(TrainingModule):
             does: the ``num_pairs`` of their metadata (in Pick-a-Pic ``num_example_per_prompt``), or
             else those of the batch.
         chunk_size: Images, and texts, that are encoded at a time, their activations recomputed in
-            the backward pass: less memory for big contrastive batches. Null encodes all at once.
+            the backward pass: less memory for big contrastive batches. Null encodes all at once;
+            so are the texts of a sharded tower.
     """
 
     def __init__(
@@ -95,8 +100,28 @@ class SegmentPreferenceModule(TrainingModule):
             )
         segmenter = self.segmenter if self.text == "segments" else None
         self.scorer = SegmentScorer(source, segmenter=segmenter)
+        self.configure_losses()
         self.check_trained_precision()
+        self.share_weights()
         self.train()
+
+    def configure_losses(self) -> None:
+        """Make what else the losses train, once the scorer is there; here: nothing."""
+
+    @override
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the layers of the trained towers.
+
+        Ranks have texts of other lengths, and each pass is a collective of all: there is to be one.
+        """
+        shard_trained_layers(self.scorer.model, mesh)
+        if self._has_sharded_texts:
+            tower = self.scorer.tower
+            tower.width_step, tower.max_pass_tokens = tower.context_length, sys.maxsize
+
+    @property
+    def _has_sharded_texts(self) -> bool:
+        return is_sharded(self.scorer.tower.text_model)
 
     @override
     def on_fit_start(self) -> None:
@@ -107,8 +132,12 @@ class SegmentPreferenceModule(TrainingModule):
             DataError: If a weight is not finite.
         """
         super().on_fit_start()
-        for name, weight in self.scorer.model.named_parameters():
-            if not torch.isfinite(weight).all():
+        weights = dict(self.scorer.model.named_parameters())
+        found = torch.stack([(~local(weight).isfinite()).any() for weight in weights.values()])
+        if is_sharded(self):
+            found = self.trainer.strategy.reduce(found.float(), reduce_op="sum")
+        for name, is_bad in zip(weights, found.tolist(), strict=True):
+            if is_bad:
                 raise DataError(
                     f"expected finite weights of the scorer before training; `{name}` holds NaN or "
                     "infinity; check what `scorer` names"
@@ -196,7 +225,8 @@ class SegmentPreferenceModule(TrainingModule):
 
     def _segments(self, captions: list[str]) -> SegmentFeatures:
         """Embed the captions' segments, a chunk of them at a time."""
-        encode = partial(encode_texts, self.scorer.text_features, chunk_size=self.chunk_size)
+        chunk_size = None if self._has_sharded_texts else self.chunk_size
+        encode = partial(encode_texts, self.scorer.text_features, chunk_size=chunk_size)
         return self.scorer.segment_features(captions, encode)
 
 

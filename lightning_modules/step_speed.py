@@ -41,18 +41,8 @@ class StepSpeed:
 
     @classmethod
     def of(cls, module: "RewardFineTuningModule") -> Self:
-        """Count the pieces of a module; nothing is computed."""
-        generator = module.generator
-        shape = generator.codec.latent_shape(generator.image_size, generator.image_size)
-        conditioner = generator.conditioner
-        cost = StepCost.measure(
-            module.unet,
-            shape,
-            conditioner.token_budget,
-            conditioner.width,
-            decode=module.reward_step.decode,
-            reward=image_towers(module.reward),
-        )
+        """Count the pieces of a module, unless it has done so; nothing is computed."""
+        cost = module.step_cost or count_step(module)
         is_half = "bf16" in str(module.trainer.precision) or module.unet.dtype == torch.bfloat16
         dtype = torch.bfloat16 if is_half else torch.float32
         return cls(module=module, cost=cost, peak=get_available_flops(module.device, dtype))
@@ -93,3 +83,16 @@ class StepSpeed:
             merged=True,
             penalty=step.penalty is not None,
         )
+
+
+def count_step(module: "RewardFineTuningModule") -> StepCost:
+    """Count the pieces of a module whose weights are whole."""
+    generator, conditioner = module.generator, module.generator.conditioner
+    return StepCost.measure(
+        module.unet,
+        generator.codec.latent_shape(generator.image_size, generator.image_size),
+        conditioner.token_budget,
+        conditioner.width,
+        decode=module.reward_step.decode,
+        reward=image_towers(module.reward),
+    )

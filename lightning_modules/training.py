@@ -1,8 +1,9 @@
-"""What training modules share: optimizers and exact means over valid samples."""
+"""What training modules share: optimizers, shards, and exact means over valid samples."""
 
 import contextlib
 import logging
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, Self
 
 import lightning.pytorch as pl
@@ -10,13 +11,17 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_modules.strategy_checks import check_strategy
 from lightning_modules.text_totals import TextTotals
 from segalign.diffusion.generator import Weights
 from segalign.ema import TrainableEMA
 from segalign.errors import ConfigError, NonFiniteError, SegalignError
+from segalign.gradients import average_gradients, clip_gradients
+from segalign.sharding import copy_from_first_rank, data_parallel_mesh, is_sharded
 from segalign.text.conditioning import TextReport
 from segalign.trainable import trainable_parameters
 from segalign.types import CaptionBatch, PreferenceBatch
@@ -64,6 +69,32 @@ class TrainingModule(pl.LightningModule):
         }
 
     @override
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse strategies that this module cannot follow, before weights are read."""
+        check_strategy(self.trainer.strategy)
+        return []
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the networks that are trained; they are in their final shape. Here: nothing.
+
+        Args:
+            mesh: The ranks, one-dimensional.
+        """
+
+    def share_weights(self) -> None:
+        """End `configure_model`: under a strategy that shards, agree with other ranks, and shard.
+
+        What is trained and not sharded is whole on every rank, as under DDP.
+        """
+        if self.device_mesh is None:
+            return
+        mesh = data_parallel_mesh(self.device_mesh)
+        for part in self.children():
+            if any(weight.requires_grad for weight in part.parameters()):
+                copy_from_first_rank(chain(part.parameters(), part.buffers()), mesh)
+        self.shard(mesh)
+
+    @override
     def train(self, mode: bool = True) -> Self:
         """Switch modes, but for parts that are wholly frozen: those always evaluate."""
         super().train(mode)
@@ -104,7 +135,22 @@ class TrainingModule(pl.LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Correct the gradient, unless a module that steps its optimizer itself has done so."""
+        if self.automatic_optimization and is_sharded(self):
+            average_gradients(trainable_parameters(self).values())
         self.finish_reduction()
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm over all shards, where there are some."""
+        if gradient_clip_val and gradient_clip_algorithm != "value" and is_sharded(self):
+            clip_gradients(list(trainable_parameters(self).values()), gradient_clip_val)
+            return
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def finish_reduction(self) -> None:
         """Turn the mean over all samples into the mean over valid ones.

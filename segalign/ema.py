@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from segalign.errors import ConfigError, DataError
+from segalign.sharded_tensors import copy_into, gathered_tree, local, sharded_like
 from segalign.trainable import trainable_parameters
 
 
@@ -15,6 +16,7 @@ class TrainableEMA:
     """Float32 averages of a module's trainable parameters.
 
     Frozen weights are not copied, so with LoRA an average costs a few per cent of the model.
+    Averages of sharded weights are sharded like them.
 
     Args:
         module: The module to follow; its parameters that require gradients now.
@@ -54,7 +56,7 @@ class TrainableEMA:
         weight = 1 - self.decay_at(self.num_updates)
         for name, parameter in self._pairs(module):
             average = self._on(parameter.device, name)
-            average.lerp_(parameter.detach().float(), weight)
+            local(average).lerp_(local(parameter).float(), weight)
         self.num_updates += 1
 
     @contextlib.contextmanager
@@ -71,8 +73,11 @@ class TrainableEMA:
             self._fill(module, raw)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages (references) and the number of updates."""
-        return {"weights": dict(self.weights), "num_updates": self.num_updates}
+        """Return the averages (references) and the number of updates.
+
+        If weights are sharded this is a collective, and the first rank alone gets them: whole.
+        """
+        return {"weights": gathered_tree(self.weights), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over saved averages.
@@ -91,7 +96,8 @@ class TrainableEMA:
             )
         for name, tensor in weights.items():
             own = self.weights[name]
-            self.weights[name] = tensor.detach().to(own.device, torch.float32, copy=True)
+            average = tensor.detach().to(own.device, torch.float32)
+            self.weights[name] = sharded_like(average, own).clone()
         self.num_updates = int(state["num_updates"])
 
     def _pairs(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -107,4 +113,4 @@ class TrainableEMA:
     @torch.no_grad()
     def _fill(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         for name, parameter in self._pairs(module):
-            parameter.copy_(weights[name])
+            copy_into(parameter, weights[name])

@@ -23,6 +23,7 @@ from segalign.diffusion.merged_lora import MergedLora
 from segalign.diffusion.stand_ins import standing_in
 from segalign.diffusion.text_cache import TextCache
 from segalign.errors import ConfigError
+from segalign.sharding import is_sharded, kept_whole
 from segalign.text.conditioning import TextConditioning
 
 Compilation = Literal["none", "regional", "full"]
@@ -45,6 +46,7 @@ class RolloutSettings:
             which rounds small updates away.
         cache_text: Keep keys and values of the text over the steps, for one and the same time of
             computing them; they take 2 numbers per text token and channel of each cross-attention.
+            Does nothing, as merging, where weights are sharded.
         pair_guidance: Call the network once for the captions and the negative prompt.
     """
 
@@ -137,8 +139,9 @@ class Rollout:
             raise RuntimeError("expected one rollout at a time; another is open; leave it first")
         self._is_open = True
         try:
-            # Nothing here holds on to it: what is released is gone before the block ends.
-            yield OpenRollout(self._bind(positive, negative, guidance), self._forget)
+            with kept_whole(self._generator.unet):
+                # Nothing here holds on to it: what is released is gone before the block ends.
+                yield OpenRollout(self._bind(positive, negative, guidance), self._forget)
         finally:
             self._is_open = False
             self._forget()
@@ -176,9 +179,10 @@ class Rollout:
     def _network_call(self, text: GuidedText) -> "_Call":
         """Merge adapters; return the network's call, which caches the text the first time."""
         places = self._lora.fill()
-        if self._cache is not None:
+        # A sharded projection cannot be called but by its block.
+        is_known = self._cache is None or is_sharded(self._generator.unet)
+        if self._cache is not None and not is_known:
             places |= self._cache.places(places)
-        is_known = self._cache is None
 
         def call(latents: Tensor, timestep: int, conditioning: TextConditioning) -> Tensor:
             nonlocal is_known

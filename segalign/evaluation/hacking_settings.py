@@ -48,7 +48,7 @@ class HackingSettings:
     max_drift: float = 0.8
     max_cross_prompt: float = 0.1
     max_to_v: float = 2.0
-    max_detail: float = 3.0
+    max_detail: float = 3.5
 
     def __post_init__(self) -> None:
         """Check the thresholds."""

@@ -13,7 +13,7 @@ from segalign.diffusion.generator import TextToImage
 from segalign.diffusion.lora import LoraSettings
 from segalign.diffusion.pretrained import PretrainedModel
 from segalign.diffusion.sampler import DDIMSampler
-from segalign.reward_tuning.gradients import average_gradients, clip_gradients
+from segalign.gradients import average_gradients, clip_gradients
 from segalign.reward_tuning.lora_norm import lora_norm
 from segalign.reward_tuning.settings import RewardStepSettings, StepMemory
 from segalign.reward_tuning.step import RewardStep

@@ -31,6 +31,25 @@ def fit(run_dir: Path, *options: str) -> None:
             "class_path": "callbacks.sample_grid.SampleGrid",
             "init_args": {"num_samples": 2, "every_n_steps": 2},
         },
+        {
+            "class_path": "callbacks.image_evaluation.ImageEvaluation",
+            "init_args": {"num_captions": 6, "images_per_caption": 2, "batch_size": 4},
+        },
+        {
+            "class_path": "callbacks.fid.FID",
+            "init_args": {
+                "extractor": {
+                    "class_path": "segalign.metrics.extractors.tiny.TinyExtractor",
+                    "init_args": {"num_features": 4},
+                }
+            },
+        },
+        {
+            "class_path": "callbacks.lpips.LPIPS",
+            "init_args": {
+                "network": {"class_path": "segalign.metrics.perceptual.tiny.TinyPerceptual"}
+            },
+        },
     ]
     command = [
         sys.executable, "main.py", "fit", "--config=configs/quickstart.yaml",
@@ -74,3 +93,10 @@ def test_two_ranks_equal_one(tmp_path):
     assert column(two, "val/attributes") == pytest.approx(column(one, "val/attributes"), abs=0.1)
     grids = sorted(path.name for path in (two / "samples").iterdir())
     assert grids == ["step-00000000.png", "step-00000002.png", "step-00000004.png"]
+    evaluated = [column(two, f"val/{name}") for name in ("fid", "lpips_diversity", "lpips_drift")]
+    expected = [column(one, f"val/{name}") for name in ("fid", "lpips_diversity", "lpips_drift")]
+    # The start is the same bits; what was trained differs by rounding.
+    assert [values[0] for values in evaluated] == [values[0] for values in expected]
+    for found, wanted in zip(evaluated, expected, strict=True):
+        assert len(found) == 2
+        assert found == pytest.approx(wanted, rel=0.01)

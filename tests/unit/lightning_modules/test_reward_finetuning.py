@@ -25,6 +25,7 @@ from callbacks.ema import EMA
 from lightning_modules.reward_checks import check_trainer
 from lightning_modules.reward_finetuning import RewardFineTuningModule
 from lightning_modules.run_loading import build_module, load_module
+from lightning_modules.sharded_strategy import ShardedStrategy
 from segalign.diffusion.clipped_sampler import ClippedSampler
 from segalign.diffusion.lora import LoraSettings
 from segalign.diffusion.sampler import DDIMSampler
@@ -625,8 +626,10 @@ def test_half_precision_is_refused_on_every_device():
     check_trainer(trainer)
     for sharded in (FSDPStrategy(), ModelParallelStrategy()):
         trainer.strategy = sharded
-        with one_line(ConfigError, rf".*got `{type(sharded).__name__}`; use `ddp`"):
+        with one_line(ConfigError, rf".*got `{type(sharded).__name__}`; use `ddp` or layer config"):
             check_trainer(trainer)
+    trainer.strategy = ShardedStrategy()
+    check_trainer(trainer)
 
 
 REFUSED_DATA = {

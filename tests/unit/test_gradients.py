@@ -7,7 +7,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from segalign.reward_tuning.gradients import average_gradients, clip_gradients
+from segalign.gradients import average_gradients, clip_gradients
 
 
 def weight(gradient, dtype=torch.float32):
