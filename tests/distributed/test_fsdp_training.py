@@ -111,6 +111,18 @@ def test_images_made_in_between_are_those_of_whole_weights(found, module):
             torch.testing.assert_close(image, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("preference")])
+def test_metrics_of_images_are_those_of_whole_weights(found, module):
+    ours, *others = (found.ranks[run(module, kind).folder] for kind in ("sharded", "ddp", "one"))
+    values = ours[0]["values"]
+    assert {"fid", "lpips_diversity", "lpips_drift"} <= values.keys()
+    assert values["lpips_drift"] > 0
+    assert ours[1]["values"] == values
+    for rank in (rank for other in others for rank in other):
+        # Pixels are rounded, so that the last digit of a weight may move one of them.
+        assert rank["values"] == pytest.approx(values, rel=1e-3)
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_blocks_are_sharded_and_everything_else_is_whole(found, module):
     for rank in found.ranks[run(module, "sharded").folder]:

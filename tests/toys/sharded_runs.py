@@ -21,14 +21,20 @@ from toy_tuning import ClipSource, TinyBase, ToyCodec, text_models
 from callbacks.best_checkpoint import stored_weights
 from callbacks.checkpoint import RunCheckpoint, SafetensorsCheckpointIO
 from callbacks.ema import EMA
+from callbacks.fid import FID
+from callbacks.image_evaluation import ImageEvaluation
+from callbacks.lpips import LPIPS
 from lightning_modules.long_text_diffusion import LongTextDiffusionModule
 from lightning_modules.reward_finetuning import RewardFineTuningModule
 from lightning_modules.segment_preference import SegmentPreferenceModule
 from lightning_modules.sharded_strategy import ShardedStrategy
+from segalign.data.scene_shards import ScenesShards
 from segalign.diffusion.lora import LoraSettings
 from segalign.diffusion.rollout import RolloutSettings
 from segalign.diffusion.sampler import DDIMSampler
 from segalign.losses.objective import PreferenceObjective
+from segalign.metrics.extractors.tiny import TinyExtractor
+from segalign.metrics.perceptual.tiny import TinyPerceptual
 from segalign.reward_tuning.settings import PenaltySettings, StepMemory
 from segalign.rewards.scorer_source import PretrainedScorer
 from segalign.rewards.trained_parts import TrainedParts
@@ -193,11 +199,21 @@ class CountedFiles(SafetensorsCheckpointIO):
         super().save_checkpoint(*arguments, **options)
 
 
+def evaluation(shards):
+    """Measure images of three captions, two at a time: ranks have unequally many of their own."""
+    return [
+        ImageEvaluation(num_captions=3, images_per_caption=2, batch_size=2, shards=str(shards)),
+        FID(TinyExtractor(num_features=2), reference=str(shards)),
+        LPIPS(TinyPerceptual()),
+    ]
+
+
 class Watch(pl.Callback):
     """Notes losses, images by weights of now and of before, and how each weight lies at the end."""
 
     def __init__(self):
         self.losses, self.images, self.is_sharded, self.trained = [], [], {}, []
+        self.values = {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(trainer.callback_metrics["train/loss"].item())
@@ -210,6 +226,9 @@ class Watch(pl.Callback):
             self.images += [pl_module.generate(*pairs, weights) for weights in which]
 
     def on_train_end(self, trainer, pl_module):
+        for callback in trainer.callbacks:
+            if isinstance(callback, ImageEvaluation):
+                self.values = dict(callback.outcome.values)
         self.is_sharded = {
             name: isinstance(weight, DTensor) for name, weight in pl_module.named_parameters()
         }
@@ -246,6 +265,9 @@ def make(run: Run, root: Path) -> dict[str, Any]:
     micro = run.micro_batches
     watch = Watch()
     files = CountedFiles()
+    # Of runs that start anew: others would measure the same again.
+    is_measured = kind != "preference" and run.start is None
+    measured = evaluation(root / "captions") if is_measured else []
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1 if run.strategy == "one" else 2,
@@ -264,14 +286,14 @@ def make(run: Run, root: Path) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[EMA(), RunCheckpoint(every_n_steps=1, keep=9), watch],
+        callbacks=[EMA(), *measured, RunCheckpoint(every_n_steps=1, keep=9), watch],
         default_root_dir=root / run.folder,
     )
     module = MODULES[run.module]()
     if not is_half:
         widen(module)
     trainer.fit(module, Steps(kind, micro), ckpt_path=run.start)
-    names = ("losses", "images", "is_sharded", "trained")
+    names = ("losses", "images", "is_sharded", "trained", "values")
     return {"num_saved": files.num_saved} | {name: getattr(watch, name) for name in names}
 
 
@@ -283,6 +305,7 @@ def stored(root: Path, run: Run, step: int) -> Path:
 def make_all(runs: list[Run], world: int, root: Path) -> list[list[dict[str, Any]]]:
     """Make runs one after the other, all in the same processes; return the findings by rank."""
     OwnBase().load(), ClipSource().load()  # once, before processes part
+    pack_captions(root)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -290,6 +313,14 @@ def make_all(runs: list[Run], world: int, root: Path) -> list[list[dict[str, Any
         _of_one_rank, (runs, world, root, port), nprocs=world, start_method="fork"
     )
     return [torch.load(root / f"rank {rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def pack_captions(root):
+    """Make the shards of the evaluation, unless they are there."""
+    if not (root / "captions").exists():
+        made = ScenesShards(world="2x2", num_train=1, num_val=8, root=str(root / "scenes"))
+        made.prepare()
+        (root / "captions").symlink_to(made.folder("val"))
 
 
 def _of_one_rank(rank, runs, world, root, port):

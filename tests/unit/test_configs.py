@@ -31,6 +31,9 @@ RECIPES = (
     "scenes/reward.yaml",
     "scenes/scorer.yaml",
 )
+# These measure finished models, and never train.
+EVALUATIONS = ("evaluate.yaml",)
+EVALUATION_LAYERS = {"scenes/metrics.yaml": "evaluate.yaml"}
 ABLATIONS = (
     "ablations/alignprop.yaml",
     "ablations/draft_1.yaml",
@@ -45,13 +48,17 @@ LAYERS = {
     "longsd_lcm.yaml": "longsd.yaml",
     "scenes/reader.yaml": "scenes/scorer.yaml",
     "scenes/shapes.yaml": "scenes/generator.yaml",
+    "base/ddp.yaml": "scenes/align.yaml",
+    "base/fsdp.yaml": "scenes/align.yaml",
     "base/logging.yaml": "scenes/align.yaml",
+    "base/metrics.yaml": "longsd.yaml",
     "base/trainer.yaml": "scenes/align.yaml",
     "debug/denscore_tiny.yaml": "denscore.yaml",
     "debug/longsd_align_tiny.yaml": "longsd_align.yaml",
     "debug/longsd_tiny.yaml": "longsd.yaml",
     "debug/overfit.yaml": "scenes/align.yaml",
     "debug/profile.yaml": "scenes/align.yaml",
+    "debug/scenes_hacking.yaml": "scenes/reward.yaml",
     "debug/tiny.yaml": "scenes/align.yaml",
 }
 
@@ -66,7 +73,9 @@ def parse(capsys, *names: str, stage: str = "fit") -> dict:
 
 def test_the_table_names_every_file():
     found = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.y*ml")}
-    assert sorted(found) == sorted([*RECIPES, *LAYERS, *ABLATIONS])
+    assert sorted(found) == sorted(
+        [*RECIPES, *EVALUATIONS, *EVALUATION_LAYERS, *LAYERS, *ABLATIONS]
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -76,6 +85,26 @@ def test_recipes_parse(capsys, name, stage):
     assert config["run_dir"].startswith("runs/")
     assert config["run_dir"] != "runs/default"
     assert config["trainer"]["use_distributed_sampler"] is False
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+def test_evaluations_parse(capsys, name, stage):
+    config = parse(capsys, name, stage=stage)
+    assert config["run_dir"].startswith("runs/")
+    assert config["trainer"]["use_distributed_sampler"] is False
+    assert config["data"]["init_args"]["content"] == "caption"
+    assert "python main.py test --config" in (CONFIGS / name).read_text().partition("\n\n")[0]
+    check_config_files([CONFIGS / name], [])
+
+
+@pytest.mark.parametrize(("name", "recipe"), EVALUATION_LAYERS.items())
+def test_evaluation_layers_parse_over_a_recipe(capsys, name, recipe):
+    config = parse(capsys, recipe, name, stage="test")
+    own = yaml.safe_load((CONFIGS / name).read_text())["trainer"]["callbacks"]
+    found = [one["class_path"] for one in config["trainer"]["callbacks"]]
+    assert found == [one["class_path"] for one in own]
+    check_config_files([CONFIGS / name], [])
 
 
 @pytest.mark.parametrize(("name", "recipe"), LAYERS.items())
