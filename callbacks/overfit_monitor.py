@@ -14,10 +14,10 @@ from segalign.evaluation.hacking_rule import HackingRule, Verdict
 from segalign.evaluation.hacking_settings import HackingSettings
 from segalign.evaluation.image_metric import ImageMetric
 from segalign.evaluation.reading import Reading
+from segalign.metrics.fixed_directions import clip_rewards
 from segalign.metrics.image_similarity import ImageSimilarity
 from segalign.metrics.image_statistics import ImageStatistics
 from segalign.metrics.reward_means import RewardMetric, ScoreImages
-from segalign.rewards.clip_reward import ClipReward
 from segalign.rewards.protocol import Reward
 
 SUSPECTED = "reward_hacking_suspected"
@@ -65,8 +65,7 @@ class OverfitMonitor(ImageMetricCallback):
             }
             metrics.append(RewardMetric(pl_module.score_images, rewards))
             # One that embeds images and captions in one space; the trained one first.
-            seeing = [one for one in rewards.values() if isinstance(one, ClipReward)]
-            metrics += [ImageSimilarity(one) for one in seeing[:1]]
+            metrics += [ImageSimilarity(one) for one in clip_rewards(rewards).values()][:1]
         return metrics
 
     @override

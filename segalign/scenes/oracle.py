@@ -52,17 +52,26 @@ def read_scenes(images: Tensor, world: World) -> Reading:
     size = world.image_size
     if images.shape[1:] != (3, size, size):
         raise ValueError(f"expected images (B, 3, {size}, {size}); got {tuple(images.shape)}")
-    cells = _split_cells(images.detach().float().cpu(), world)
-    templates = _templates()
-    squared = (cells[:, None, :, None, :] - templates[None, :, None, :, :]).square().sum(-1)
-    per_cell, contents = squared.min(dim=-1)
+    cells = _split_cells(images.detach().double().cpu(), world)
+    per_cell, contents = _squared_distances(cells, _templates()).min(dim=-1)
     total, backgrounds = per_cell.sum(dim=-1).min(dim=-1)
     chosen = contents[torch.arange(len(images)), backgrounds]
     scenes = [
         Scene(tuple(BACKGROUNDS)[background], tuple(_contents()[content] for content in row))
         for background, row in zip(backgrounds.tolist(), chosen.tolist(), strict=True)
     ]
-    return Reading(scenes, (total / (3 * size * size)).sqrt())
+    return Reading(scenes, (total / (3 * size * size)).sqrt().float())
+
+
+def _squared_distances(cells: Tensor, templates: Tensor) -> Tensor:
+    """Compare cells ``(B, P, D)`` with templates ``(G, C, D)``, float64 ``(B, G, P, C)``.
+
+    As |c|^2 - 2 c.t + |t|^2, a product of matrices; float64 leaves 1e-13 of what cancels.
+    """
+    products = torch.einsum("bpd,gcd->bgpc", cells, templates)
+    lengths = cells.square().sum(-1)[:, None, :, None]
+    squared = lengths - 2 * products + templates.square().sum(-1)[None, :, None, :]
+    return squared.clamp(min=0)
 
 
 def _split_cells(images: Tensor, world: World) -> Tensor:
@@ -85,4 +94,4 @@ def _contents() -> tuple[SceneObject | None, ...]:
 def _templates() -> Tensor:
     """Render every content on every background, ``(G, C, D)``."""
     cells = [[render_cell(content, name) for content in _contents()] for name in BACKGROUNDS]
-    return torch.from_numpy(np.stack(cells)).float().flatten(2)
+    return torch.from_numpy(np.stack(cells)).double().flatten(2)
