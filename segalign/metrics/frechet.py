@@ -5,6 +5,7 @@ Dims: d features.
 Reference: arXiv 1706.08500, equation 6: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 """
 
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from segalign.errors import DataError
 
 _JITTER: Final = 1e-12
+_BLOCKS: Final = 4
 # Eigenvalues of a product of covariances are not negative; rounding makes them so by 1e-13 or less
 # of the largest.
 _ROUNDING: Final = 1e-9
@@ -62,11 +64,14 @@ def trace_of_root(cov1: Tensor, cov2: Tensor) -> Tensor:
         )
     factor1, condition1 = _cholesky(cov1)
     factor2, condition2 = _cholesky(cov2)
-    if condition1 >= condition2:
-        factor, other = (_eigen_factor(cov1) if factor1 is None else factor1), cov2
+    if condition1 < condition2:
+        factor1, cov1, cov2 = factor2, cov2, cov1
+    if factor1 is None:
+        factor = _eigen_factor(cov1)
+        product = factor.T @ cov2 @ factor
     else:
-        factor, other = (_eigen_factor(cov2) if factor2 is None else factor2), cov1
-    values: Tensor = torch.linalg.eigvalsh(factor.T @ other @ factor)
+        product = _lower_congruence(factor1, cov2)
+    values: Tensor = torch.linalg.eigvalsh(product, UPLO="L")
     _check_not_negative(values)
     return values.clamp(min=0).sqrt().sum()
 
@@ -79,6 +84,21 @@ def _cholesky(covariance: Tensor) -> tuple[Tensor | None, float]:
     if failed.item():
         return None, 0.0
     return factor, (factor.diagonal().min().square() / scale).item()
+
+
+def _lower_congruence(factor: Tensor, matrix: Tensor) -> Tensor:
+    """Return the lower triangle of L^T S L, for a lower triangular L and a symmetric S.
+
+    In blocks, of which those above the diagonal are neither used nor made: half of the products.
+    """
+    size = len(factor)
+    edges = [size * block // _BLOCKS for block in range(_BLOCKS + 1)]
+    spans = [slice(*pair) for pair in pairwise(edges)]
+    right = torch.cat([matrix[:, s.start :] @ factor[s.start :, s] for s in spans], dim=1)
+    product = torch.zeros_like(matrix)
+    for s in spans:
+        product[s, : s.stop] = factor[s.start :, s].T @ right[s.start :, : s.stop]
+    return product
 
 
 def _eigen_factor(covariance: Tensor) -> Tensor:
