@@ -2,8 +2,8 @@
 
 All three run in this process on the same covariances, on the same threads, one after the other in
 every round; ratios of best times are what matters. ``scipy.linalg.sqrtm`` is what the first FID
-code and its heirs call; scipy is no dependency of this project but in the group
-``benchmarks``, and its row is left out where it is missing. ``torchmetrics`` computes eigenvalues of a matrix that is not symmetric, as
+code and its heirs call; scipy is no dependency but in the group ``benchmarks``, and its row is left
+out where it is missing. ``torchmetrics`` computes eigenvalues of a matrix that is not symmetric, as
 torch-fidelity does. The table goes to ``benchmarks/results/frechet.md``::
 
     uv run --group benchmarks python benchmarks/frechet.py --rounds 3
