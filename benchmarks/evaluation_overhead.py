@@ -2,19 +2,21 @@
 
     python benchmarks/evaluation_overhead.py --out benchmarks/results/evaluation_overhead.md
 
-The images are those of the quickstart's evaluation: two of each caption, 10 steps, guidance 2. Goal:
-metrics take at most 5 % of the time that images take. Networks here are tiny, and so is the
+The images are those of the quickstart's evaluation: two of each caption, 10 steps, guidance 2.
+Goal: metrics take at most 5 % of the time that images take. Networks here are tiny, and so is the
 generator: of Stable Diffusion at 50 steps (85 TFLOP an image), Inception's 0.011 TFLOP are 0.01 %.
 """
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from segalign.data.scene_shards import ScenesShards
-from segalign.diffusion.generator import TextToImage
+from segalign.diffusion.generator import TextToImage, Weights
 from segalign.diffusion.sampler import DDIMSampler
 from segalign.evaluation.captions import read_caption_rows
 from segalign.evaluation.evaluator import Evaluator, Outcome
@@ -52,7 +54,13 @@ class Scenes:
         )
         self.sampler = DDIMSampler(num_inference_steps=10, guidance_scale=2.0)
 
-    def generate(self, captions, sample_ids, eval_seed, weights="raw"):
+    def generate(
+        self,
+        captions: Sequence[str],
+        sample_ids: Sequence[int],
+        eval_seed: int | Sequence[int],
+        weights: Weights = "raw",
+    ) -> Tensor:
         """Make images; see ``ImageGenerator``."""
         noise = self.model.noise(sample_ids, eval_seed)
         return self.model.sample(captions, noise, self.sampler)
@@ -114,9 +122,11 @@ def report(found: dict[str, Outcome], options: argparse.Namespace) -> str:
     lines = [
         "# What metrics cost",
         "",
-        f"{2 * options.captions} images of scenes, 36 px, 10 steps with guidance, on a CPU with "
-        f"{options.threads} thread(s), torch {torch.__version__.partition('+')[0]}; shares of the "
-        "time that making the images takes.",
+        (
+            f"{2 * options.captions} images of scenes, 36 px, 10 steps with guidance, on a CPU with "
+            f"{options.threads} thread(s), torch {torch.__version__.partition('+')[0]}; shares of "
+            "the time that making the images takes."
+        ),
         "",
         "| metrics | making images | metrics | share |",
         "|---|---|---|---|",
