@@ -4,8 +4,8 @@
 
 Every run is ``configs/scenes/reward.yaml``, watched as ``configs/debug/scenes_hacking.yaml`` says.
 Good runs have the recipe's learning rate and three factors omega; hacking ones a rate ten times as
-large. One between them is shown, and not counted: no fault of it is known. The oracle, which counts
-the facts that images show, takes no part. A finished run is not made again.
+large. The oracle, which counts the facts that images show, takes no part. A finished run is not
+made again.
 Prints the tables and writes them to ``benchmarks/results/scenes_overfit.{json,md}``.
 """
 
@@ -37,19 +37,18 @@ class Arm:
     Attributes:
         options: What differs from the recipe.
         steps: Optimizer steps.
-        hacks: Whether the monitor should fire; None where nobody knows.
+        hacks: Whether the monitor should fire.
     """
 
     options: tuple[str, ...]
     steps: int
-    hacks: bool | None
+    hacks: bool
 
 
 ARMS = {
     "omega 0.3 (the recipe)": Arm((LR, "1e-4"), 80, hacks=False),
     "omega 0": Arm((LR, "1e-4", OMEGA, "0.0"), 80, hacks=False),
     "omega 1": Arm((LR, "1e-4", OMEGA, "1.0"), 80, hacks=False),
-    "rate 3e-4": Arm((LR, "3e-4"), 80, hacks=None),
     "rate 1e-3": Arm((LR, "1e-3"), 40, hacks=True),
     "rate 1e-3, reward not preference-trained": Arm(
         (LR, "1e-3", WEIGHTS, "shipped"), 40, hacks=True

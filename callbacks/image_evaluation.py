@@ -57,6 +57,7 @@ class ImageEvaluation(Callback):
         shards: Other shards to take the captions from.
         at_start: Evaluate before the first step too, and keep those images: drift is measured
             against them.
+        curves: Names of the values that are drawn; null is all of them.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ImageEvaluation(Callback):
         weights: Weights | None = None,
         shards: str | None = None,
         at_start: bool = True,
+        curves: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.num_captions = num_captions
@@ -77,6 +79,7 @@ class ImageEvaluation(Callback):
         self.weights = weights
         self.shards = shards
         self.at_start = at_start
+        self.curves = curves
         self.outcome: Outcome | None = None
         self._pool = SourcePool()
         self._rows: list[CaptionRow] = []
@@ -232,7 +235,8 @@ class ImageEvaluation(Callback):
         history = History(_folder(trainer) / "history.jsonl")
         history.write(trainer.global_step, outcome.values)
         seen = history.read()
-        names = [name for name in outcome.values if name != "non_finite_images"]
+        wanted = self.curves or [name for name in outcome.values if name != "non_finite_images"]
+        names = [name for name in wanted if any(name in values for values in seen.values())]
         if names:
             write_curves(seen, names, _folder(trainer) / "curves.png")
 
