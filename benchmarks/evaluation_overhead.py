@@ -124,8 +124,8 @@ def report(found: dict[str, Outcome], options: argparse.Namespace) -> str:
         "",
         (
             f"{2 * options.captions} images of scenes, 36 px, 10 steps with guidance, on a CPU "
-            f"with {options.threads} thread(s), torch {torch.__version__.partition('+')[0]}; shares of "
-            "the time that making the images takes."
+            f"with {options.threads} thread(s), torch {torch.__version__.partition('+')[0]}; shares "
+            "of the time that making the images takes."
         ),
         "",
         "| metrics | making images | metrics | share |",
