@@ -119,12 +119,13 @@ def main() -> None:
 
 def report(found: dict[str, Outcome], options: argparse.Namespace) -> str:
     """Write the table."""
+    version = torch.__version__.partition("+")[0]
     lines = [
         "# What metrics cost",
         "",
         (
             f"{2 * options.captions} images of scenes, 36 px, 10 steps with guidance, on a CPU "
-            f"with {options.threads} thread(s), torch {torch.__version__.partition('+')[0]}; shares "
+            f"with {options.threads} thread(s), torch {version}; shares "
             "of the time that making the images takes."
         ),
         "",
