@@ -81,3 +81,22 @@ def test_the_readme_shows_the_means_of_reward_tuning(reward, row):
     gains = [mean_of(runs, "gain", key) for key in ("attributes", "shape", "attributes/past_77")]
     both = [mean_of(runs, when, "attributes") for when in ("start", "best")]
     assert [float(cell) for cell in cells.split("|")] == [round(x, 3) for x in (*both, *gains)]
+
+
+def test_the_readme_has_the_cost_of_metrics():
+    results = ROOT / "benchmarks" / "results"
+    frechet = (results / "frechet.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+ \| [^|]+?) \|", frechet, re.MULTILINE))
+    ours, sqrtm, eigvals = (
+        next(cells for name, cells in rows.items() if part in name).split(" | ")
+        for part in ("ours", "sqrtm", "eigvals")
+    )
+    assert float(sqrtm[1]) >= 3
+    assert float(eigvals[1]) >= 4
+    overhead = (results / "evaluation_overhead.md").read_text(encoding="utf-8")
+    (share,) = re.findall(r"all together \|.*\| ([\d.]+)% \|", overhead)
+    assert float(share) <= 5
+    text = " ".join(README.split())
+    assert f"takes {ours[0]} s on two CPU cores, {float(sqrtm[1]):.1f} times less" in text
+    assert f"and {float(eigvals[1]):.1f} times less than torchmetrics" in text
+    assert f"all metrics together take {share} % of the time" in text
