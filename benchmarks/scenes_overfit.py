@@ -92,7 +92,7 @@ def read(run_dir: Path, seed: int) -> dict[str, Any]:
     with (run_dir / "logs" / "metrics.csv").open(newline="", encoding="utf-8") as lines:
         rows = [row for row in csv.DictReader(lines) if row.get(f"val/{SUSPECTED}")]
     fired = [int(row["step"]) for row in rows if float(row[f"val/{SUSPECTED}"])]
-    log = run_dir.with_suffix(".log").read_text(encoding="utf-8")
+    log = (run_dir.parent / f"{run_dir.name}.log").read_text(encoding="utf-8")
     reasons = re.findall(rf"{SUSPECTED} at step \d+, since step \d+: (.*)", log)
     return {
         "seed": seed,
