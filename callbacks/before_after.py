@@ -36,14 +36,14 @@ def write_report(
     picture = run_dir / "report.png"
     panel_grid(panels, columns=3, side=140, max_lines=14).save(picture)
     write_text_atomic(run_dir / "report.md", table.to_markdown() + (facts and f"\n{facts}\n"))
-    console.print(_caption(run_dir), soft_wrap=True)
+    console.print(_caption(run_dir), soft_wrap=True, markup=False)
 
 
 def show_written_report(run_dir: Path) -> None:
     """Print the report of a run that was finished before."""
     console = Console()
     console.print("This run was finished before.", (run_dir / "report.md").read_text())
-    console.print(_caption(run_dir), soft_wrap=True)
+    console.print(_caption(run_dir), soft_wrap=True, markup=False)
 
 
 def _caption(run_dir: Path) -> str:

@@ -74,7 +74,9 @@ class EvaluationReport(ImageMetricCallback):
         write_result(folder, result, outcome.setting.rows, outcome.findings, images)
         console = Console(width=max(Console().width, _MIN_WIDTH))
         console.print(compare([result]).to_rich())
-        console.print(f"All numbers, images and plots: {folder / 'result.html'}", soft_wrap=True)
+        console.print(
+            f"All numbers, images and plots: {folder / 'result.html'}", soft_wrap=True, markup=False
+        )
 
     def _result(self, model: Mapping[str, Any], outcome: Outcome) -> EvaluationResult:
         return make_result(

@@ -2,16 +2,19 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from callbacks.image_metric import ImageMetricCallback
 from segalign.evaluation.evaluator import Outcome
 from segalign.evaluation.hacking_rule import HackingRule, Verdict
 from segalign.evaluation.hacking_settings import HackingSettings
+from segalign.evaluation.history import StepRecords
 from segalign.evaluation.image_metric import ImageMetric
 from segalign.evaluation.reading import Reading
 from segalign.metrics.fixed_directions import clip_rewards
@@ -52,6 +55,7 @@ class OverfitMonitor(ImageMetricCallback):
         self.stop = stop
         self.rule = HackingRule(rule)
         self.verdict: Verdict | None = None
+        self._is_checked = False
 
     @override
     def make_metrics(
@@ -69,21 +73,63 @@ class OverfitMonitor(ImageMetricCallback):
         return metrics
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on from the last evaluation that came before this step.
+
+        A checkpoint is taken before the validation of its step, so that it knows less than the run
+        directory does.
+        """
+        if not trainer.global_step:
+            return
+        known: dict[str, Any] = {}
+        if trainer.is_global_zero:
+            states = _records(trainer).read()
+            steps = [step for step in states if step <= trainer.global_step]
+            known = states[steps[-1]] if steps else {}
+        known = trainer.strategy.broadcast(known)
+        if known:
+            self.rule.load_state_dict(known)
+
+    @override
     def on_outcome(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome
     ) -> None:
         """Judge an evaluation of the training; every rank finds the same."""
-        if not trainer.training and not trainer.validating:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
+        if not self._is_checked and trainer.is_global_zero:
+            self._warn_of_absent(outcome)
+        self._is_checked = True
         self.verdict = self.rule.judge(_reading(trainer.global_step, outcome))
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"val/{SUSPECTED}": float(self.verdict.suspected)}, step=trainer.global_step
             )
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            _records(trainer).write(trainer.global_step, self.rule.state_dict())
         if self.verdict.is_new:
             self._say(trainer, self.verdict)
         if self.verdict.suspected and self.stop:
             trainer.should_stop = True
+
+    def _warn_of_absent(self, outcome: Outcome) -> None:
+        """Say what is to be watched, and cannot be."""
+        watched, usual = self.rule.settings, HackingSettings()
+        if watched.reward not in outcome.values:
+            _logger.warning(
+                "the over-fitting monitor will suspect nothing: there is no `%s`; it is for "
+                "modules that are trained on a reward",
+                watched.reward,
+            )
+        for field in ("diversity", "drift", "cross_prompt", "to_v"):
+            name = getattr(watched, field)
+            if name != getattr(usual, field) and name not in outcome.values:
+                _logger.warning(
+                    "the over-fitting monitor's `rule.%s` is `%s`, and there is none: known are %s",
+                    field,
+                    name,
+                    ", ".join(sorted(outcome.values)),
+                )
 
     def _say(self, trainer: pl.Trainer, verdict: Verdict) -> None:
         reasons = "; ".join(verdict.reasons)
@@ -102,6 +148,11 @@ class OverfitMonitor(ImageMetricCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rule.load_state_dict(state_dict)
+
+
+def _records(trainer: pl.Trainer) -> StepRecords:
+    """Name the file of the rule's states."""
+    return StepRecords(Path(trainer.default_root_dir) / "evaluation" / "monitor.jsonl", "state")
 
 
 def _reading(step: int, outcome: Outcome) -> Reading:

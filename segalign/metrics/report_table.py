@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -31,10 +32,10 @@ class ReportTable:
         return "\n".join(lines) + "\n"
 
     def to_rich(self) -> Table:
-        """Draw the table for a terminal."""
-        table = Table(title=self.title)
+        """Draw the table for a terminal; brackets in its text are text."""
+        table = Table(title=escape(self.title))
         for heading in self.headings:
-            table.add_column(heading, no_wrap=True)
+            table.add_column(escape(heading), no_wrap=True)
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         return table
