@@ -24,7 +24,7 @@ class FID(ImageMetricCallback):
         extractor: What sees the images; null is Inception with the published weights. With another
             one give the number another ``name``, such as ``fd_dinov2``.
         reference: Other real images: a folder of shards, or a file of ``main.py stats``.
-        image_size: Side of the real images in pixels; null is the datamodule's.
+        image_size: Side of the real images in pixels; null is the datamodule's, or the file's.
         num_reference: How many real images; null is all.
         allow_few_images: Compute with fewer images than features too, where the covariance is
             singular and the number says little; it is noted.
@@ -52,6 +52,7 @@ class FID(ImageMetricCallback):
     def make_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> Sequence[ImageMetric]:
-        real = real_images(trainer, self.reference, self.image_size, self.num_reference)
+        wanted = (self.reference, self.image_size, self.num_reference)
+        real = real_images(trainer, *wanted, keep_rows=False)
         few = self.allow_few_images
         return [FrechetImageMetric(self.name, self.extractor, real, allow_few_images=few)]

@@ -1,8 +1,8 @@
 """Make images of validation captions once, for all metrics of a run."""
 
 import contextlib
-import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,20 +11,20 @@ import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from rich.console import Console
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from callbacks.image_metric import ImageMetricCallback
+from callbacks.outcome_log import OutcomeLog, log_values, refuse_missing
 from segalign.data.progress import show_progress
 from segalign.diffusion.generator import Weights, as_generator
-from segalign.errors import ConfigError, DataError, NonFiniteError
-from segalign.evaluation.captions import CaptionRow, read_caption_rows
-from segalign.evaluation.curves import write_curves
+from segalign.errors import ConfigError
+from segalign.evaluation.captions import CaptionRow, read_same_captions
 from segalign.evaluation.evaluator import Evaluator, Outcome
-from segalign.evaluation.history import History
 from segalign.evaluation.image_metric import EvaluationSetting, ImageMetric, SourcePool
+from segalign.evaluation.observation import observing
 from segalign.evaluation.plan import EvaluationPlan
+from segalign.evaluation.ranks import together
 from segalign.evaluation.start_images import StartImages
 
 
@@ -35,9 +35,6 @@ class CutsCaptions(Protocol):
     def caption_cuts(self, captions: Sequence[str]) -> Mapping[str, Mapping[str, int]]:
         """Count the captions that are cut, by tokenizer, and log a line of it."""
         ...
-
-
-_logger = logging.getLogger(__name__)
 
 
 class ImageEvaluation(Callback):
@@ -83,14 +80,31 @@ class ImageEvaluation(Callback):
         self.outcome: Outcome | None = None
         self._pool = SourcePool()
         self._rows: list[CaptionRow] = []
-        self._said: set[str] = set()
+        self._log = OutcomeLog(curves)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse to be one of several, which would share the metrics and the folder.
+
+        Raises:
+            ConfigError: If there is another.
+        """
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        count = sum(isinstance(callback, ImageEvaluation) for callback in callbacks)
+        if count > 1:
+            raise ConfigError(
+                "expected one `callbacks.image_evaluation.ImageEvaluation` in `trainer.callbacks`; "
+                f"got {count}. Remove all but one, or run `main.py test` for each."
+            )
 
     # When
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluate the start, unless this run has done so before."""
+        """Evaluate the start; or, if this run has done so before, see that metrics can be found."""
         if not self.at_start or trainer.global_step or _is_trial(trainer):
+            if trainer.enable_validation:
+                self._check(trainer, pl_module)
             return
         outcome = self._evaluate(trainer, pl_module, weights="raw", is_start=True)
         # Lightning logs nothing of its own before the first batch.
@@ -99,20 +113,30 @@ class ImageEvaluation(Callback):
         self._record(trainer, outcome)
 
     @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See that metrics can be found, before the loop of ``validate``."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._check(trainer, pl_module)
+
+    @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate, and log."""
         if trainer.sanity_checking:
             return
         outcome = self._evaluate(trainer, pl_module)
-        _log(pl_module, "val", outcome.values)
+        log_values(pl_module, "val", outcome.values)
         if trainer.state.fn == TrainerFn.FITTING and not _is_trial(trainer):
             self._record(trainer, outcome)
 
     @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See that metrics can be found, before the test's own loop."""
+        self._check(trainer, pl_module, is_final=True)
+
+    @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate, and log."""
-        values = self._evaluate(trainer, pl_module, is_final=True).values
-        _log(pl_module, "test", {n: v for n, v in values.items() if not _is_detail(n)})
+        log_values(pl_module, "test", self._evaluate(trainer, pl_module, is_final=True).values)
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -122,29 +146,14 @@ class ImageEvaluation(Callback):
             DataError: If images could not be made.
             NonFiniteError: If none is finite.
         """
-        outcome = self.outcome
-        if outcome is None:
-            return
-        if outcome.failures:
-            first = outcome.failures[0]
-            raise DataError(
-                f"expected an image of every caption; {len(outcome.failures)} of "
-                f"{outcome.setting.plan.num_images} could not be made, the first for "
-                f"`{first.caption[:60]}`: {first.error}. Results are of the others; mend the "
-                "captions or the model."
-            )
-        if not outcome.num_counted:
-            raise NonFiniteError(
-                f"expected finite images to evaluate; all {outcome.num_non_finite} are NaN or "
-                "infinite. Use float32, or another checkpoint."
-            )
+        if self.outcome is not None:
+            refuse_missing(self.outcome)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where the curves are."""
-        curves = _folder(trainer) / "curves.png"
-        if trainer.is_global_zero and curves.is_file():
-            Console().print(f"Metrics of generated images over training: {curves}", soft_wrap=True)
+        if trainer.is_global_zero:
+            self._log.show(_folder(trainer))
 
     # What
 
@@ -157,47 +166,52 @@ class ImageEvaluation(Callback):
         is_start: bool = False,
         is_final: bool = False,
     ) -> Outcome:
-        chosen = weights or self.weights or _best_weights(pl_module)
-        setting = self._setting(trainer, pl_module, chosen, is_final=is_final)
-        if isinstance(pl_module, CutsCaptions) and trainer.is_global_zero:
-            pl_module.caption_cuts([row["caption"] for row in setting.rows])
-        observers = _observers(trainer)
-        start = StartImages(_folder(trainer) / "start")
-        # Rank 0 looks, so that all decide alike.
-        has_start = is_start or bool(trainer.strategy.broadcast(start.is_of(setting)))
-        metrics = _metrics(trainer, pl_module)
-        evaluator = Evaluator(
-            setting,
-            metrics,
-            start if has_start else None,
-            bears_failures=is_final and not _is_sharded(pl_module),
-        )
-        title = f"evaluating {setting.plan.num_images} images"
-        shown = show_progress(title, setting.plan.num_images // trainer.world_size)
-        with shown if trainer.is_global_zero else contextlib.nullcontext(_ignore) as advance:
-            outcome = evaluator.run(as_generator(pl_module), advance, keep_as_start=is_start)
-        self.outcome = outcome
-        if trainer.is_global_zero:
-            self._warn(trainer, outcome)
-        for observer in observers:
-            observer.on_outcome(trainer, pl_module, outcome)
+        with observing():
+            setting = self._setting(trainer, pl_module, weights, is_final=is_final)
+            if isinstance(pl_module, CutsCaptions):
+                captions = [row["caption"] for row in setting.rows]
+                count_cuts = partial(pl_module.caption_cuts, captions)
+                together(lambda: count_cuts() if trainer.is_global_zero else None)
+            evaluator = Evaluator(
+                setting,
+                _metrics(trainer, pl_module),
+                _start_images(trainer, pl_module, setting, is_start=is_start),
+                bears_failures=is_final and not _is_sharded(pl_module),
+            )
+            title = f"evaluating {setting.plan.num_images} images"
+            shown = show_progress(title, setting.plan.num_images // trainer.world_size)
+            with shown if trainer.is_global_zero else contextlib.nullcontext(_ignore) as advance:
+                outcome = evaluator.run(as_generator(pl_module), advance, keep_as_start=is_start)
+            self.outcome = outcome
+            if trainer.is_global_zero:
+                self._log.warn(outcome, trainer.global_step)
+            for observer in _observers(trainer):
+                together(partial(observer.on_outcome, trainer, pl_module, outcome))
         return outcome
+
+    def _check(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, is_final: bool = False
+    ) -> None:
+        """Start the metrics only, which read their networks: none may be missing hours later."""
+        with observing():
+            setting = self._setting(trainer, pl_module, None, is_final=is_final)
+            Evaluator(setting, _metrics(trainer, pl_module)).start_metrics()
 
     def _setting(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        weights: Weights,
+        weights: Weights | None,
         *,
         is_final: bool,
     ) -> EvaluationSetting:
         if not self._rows:
-            self._rows = read_caption_rows(Path(self._shards(trainer)), self.num_captions)
+            self._rows = read_same_captions(Path(self._shards(trainer)), self.num_captions)
         return EvaluationSetting(
             plan=EvaluationPlan(len(self._rows), self.images_per_caption, self.batch_size),
             rows=self._rows,
             eval_seed=self.eval_seed,
-            weights=weights,
+            weights=weights or self.weights or _best_weights(pl_module),
             device=torch.device(pl_module.device),
             pool=self._pool,
             is_final=is_final,
@@ -213,32 +227,10 @@ class ImageEvaluation(Callback):
             )
         return str(found)
 
-    def _warn(self, trainer: pl.Trainer, outcome: Outcome) -> None:
-        """Say what is wrong with the images, and what metrics note, each note once."""
-        if outcome.num_non_finite:
-            _logger.warning(
-                "%d of %d images of the evaluation at step %d are not finite; metrics leave them "
-                "out",
-                outcome.num_non_finite,
-                outcome.num_counted + outcome.num_non_finite,
-                trainer.global_step,
-            )
-        for note in outcome.notes:
-            if note not in self._said:
-                self._said.add(note)
-                _logger.warning("%s", note)
-
     def _record(self, trainer: pl.Trainer, outcome: Outcome) -> None:
-        """Add an evaluation to the history of the run, and draw its curves."""
-        if not trainer.is_global_zero:
-            return
-        history = History(_folder(trainer) / "history.jsonl")
-        history.write(trainer.global_step, outcome.values)
-        seen = history.read()
-        wanted = self.curves or [name for name in outcome.values if name != "non_finite_images"]
-        names = [name for name in wanted if any(name in values for values in seen.values())]
-        if names:
-            write_curves(seen, names, _folder(trainer) / "curves.png")
+        """Add an evaluation to the history of the run; where rank 0 cannot, all fail."""
+        record = partial(self._log.record, _folder(trainer), outcome, trainer.global_step)
+        together(lambda: record() if trainer.is_global_zero else None)
 
 
 def _metrics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[ImageMetric]:
@@ -250,15 +242,16 @@ def _observers(trainer: pl.Trainer) -> list[ImageMetricCallback]:
     return [callback for callback in callbacks if isinstance(callback, ImageMetricCallback)]
 
 
-def _is_detail(name: str) -> bool:
-    """Tell whether a value is one of many of a kind, which reports draw and no log needs."""
-    return "/length/" in name or name.startswith(("segment_", "chance/"))
-
-
-def _log(pl_module: pl.LightningModule, stage: str, values: Mapping[str, float]) -> None:
-    """Log values that are the same on every rank."""
-    for name, value in values.items():
-        pl_module.log(f"{stage}/{name}", value, rank_zero_only=False)
+def _start_images(
+    trainer: pl.Trainer, pl_module: Any, setting: EvaluationSetting, *, is_start: bool
+) -> StartImages | None:
+    """Name the images of the start, to be kept now, or kept before; those of other settings go."""
+    size = getattr(getattr(pl_module, "generator", None), "image_size", None)
+    made_by = f"{getattr(pl_module, 'sampler', None)!r}, {size} pixels"
+    start = StartImages(_folder(trainer) / "start", made_by)
+    # Rank 0 looks, so that all decide alike.
+    has_start = is_start or bool(trainer.strategy.broadcast(start.is_of(setting)))
+    return start if has_start else None
 
 
 def _is_sharded(pl_module: pl.LightningModule) -> bool:

@@ -26,13 +26,15 @@ class KID(ImageMetricCallback):
     Args:
         extractor: What sees the images; null is Inception with the published weights.
         reference: Other real images: a folder of shards, or a file of ``main.py stats``.
-        image_size: Side of the real images in pixels; null is the datamodule's.
+        image_size: Side of the real images in pixels; null is the datamodule's, or the file's.
         num_reference: How many real images; null is all.
         num_subsets: Draws of ``subset_size`` images whose distances are averaged; 0 compares all
             images at once, which is the more precise.
         subset_size: Images of each draw.
         name: Logged as ``val/NAME``, with draws also ``val/NAME_std``.
     """
+
+    needs_rows = True
 
     def __init__(
         self,
@@ -75,12 +77,14 @@ class CMMD(ImageMetricCallback):
     Args:
         extractor: What sees the images; null is CLIP-L at 336 pixels.
         reference: Other real images: a folder of shards, or a file of ``main.py stats``.
-        image_size: Side of the real images in pixels; null is the datamodule's.
+        image_size: Side of the real images in pixels; null is the datamodule's, or the file's.
         num_reference: How many real images; null is all.
         name: Logged as ``val/NAME``.
 
     Reference: arXiv 2401.09603.
     """
+
+    needs_rows = True
 
     def __init__(
         self,

@@ -7,10 +7,16 @@ import lightning.pytorch as pl
 
 from segalign.errors import ConfigError
 from segalign.metrics.reference import ReferenceImages
+from segalign.metrics.reference_files import is_file
 
 
 def real_images(
-    trainer: pl.Trainer, reference: str | None, image_size: int | None, count: int | None
+    trainer: pl.Trainer,
+    reference: str | None,
+    image_size: int | None,
+    count: int | None,
+    *,
+    keep_rows: bool = True,
 ) -> ReferenceImages:
     """Name the real images; nothing is read yet.
 
@@ -18,8 +24,10 @@ def real_images(
         trainer: Its datamodule has the validation shards; its run directory keeps statistics where
             the shards cannot.
         reference: Other shards, or a file of ``main.py stats``.
-        image_size: Side in pixels; None is the datamodule's.
+        image_size: Side in pixels; None is the datamodule's, or whatever a file has.
         count: How many; None is all.
+        keep_rows: Whether features of each image are needed. They are kept, too, where another
+            callback needs them, so that the images are looked at once for both.
 
     Raises:
         ConfigError: If there are none.
@@ -31,6 +39,13 @@ def real_images(
             "expected real images to compare generated ones with; got neither `reference` nor "
             "`data.val_shards`. Set one of them."
         )
-    size = image_size or getattr(datamodule, "image_size", None)
-    cache = Path(trainer.default_root_dir) / "evaluation"
-    return ReferenceImages(str(found), image_size=size, count=count, cache=str(cache))
+    path = str(found)
+    size = image_size or (None if is_file(path) else getattr(datamodule, "image_size", None))
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return ReferenceImages(
+        path,
+        image_size=size,
+        count=count,
+        keep_rows=keep_rows or any(getattr(one, "needs_rows", False) for one in callbacks),
+        cache=str(Path(trainer.default_root_dir) / "evaluation"),
+    )

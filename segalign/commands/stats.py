@@ -80,6 +80,13 @@ def _compute_parser() -> ArgumentParser:
         action="store_true",
         help="leave out the features themselves, which kernel distances (KID, CMMD) need",
     )
+    add(
+        "--grid_bits",
+        type=PositiveInt,
+        default=12,
+        help="sums are of features rounded to multiples of 2^-grid_bits; lower it where features "
+        "are too large to be summed exactly",
+    )
     add("--out", type=str | None, help="file, .safetensors; default: in SHARDS/statistics")
     add("--device", type=str | None, help="such as cpu or cuda:1; default: a GPU if there is one")
     add(
@@ -102,8 +109,9 @@ def _compute(options: Namespace) -> None:
     from segalign.data.loaders import open_shards
     from segalign.data.progress import show_progress
     from segalign.devices import choose_device
-    from segalign.metrics.reference import FOLDER_NAME, check_file_name, keep_reference
+    from segalign.metrics.reference import FOLDER_NAME, keep_reference
     from segalign.metrics.reference_computing import ReferenceSettings
+    from segalign.metrics.reference_files import check_file_name
 
     device = choose_device(options.device)
     out = None if options.out is None else check_file_name(Path(options.out))
@@ -121,6 +129,7 @@ def _compute(options: Namespace) -> None:
                 count=options.count,
                 batch_size=options.batch_size,
                 keep_rows=not options.sums_only,
+                grid_bits=options.grid_bits,
             ),
             device=device,
             folders=[Path(options.shards) / FOLDER_NAME],
@@ -143,7 +152,7 @@ def _load(source: "ExtractorSource", name: str) -> "FeatureExtractor":
 
 
 def _show(options: Namespace) -> None:
-    from segalign.metrics.reference import load_reference
+    from segalign.metrics.reference_files import load_reference
 
     statistics = load_reference(Path(options.file))
     print(describe(statistics))

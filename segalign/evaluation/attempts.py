@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from segalign.diffusion.generator import ImageGenerator, Weights
-from segalign.errors import ConfigError, SegalignError
+from segalign.errors import ConfigError
+from segalign.evaluation.pixels import check_images, outside_range
 
 _MAX_MESSAGE = 200
 _logger = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ def attempt(
     """Make a micro-batch; if that fails, make its rows one at a time.
 
     A row that is made alone stands at its own place, all other places filled with it, so that the
-    shape of the batch and with it the row's pixels stay what they are.
+    shape of the batch and with it the row's pixels stay what they are. An image that leaves [0, 1]
+    has failed too.
 
     Args:
         generator: Makes the images.
@@ -64,7 +66,7 @@ def attempt(
     """
     rows = list(zip(captions, sample_ids, seeds, strict=True))
     try:
-        return generator.generate(captions, sample_ids, seeds, weights), []
+        images = check_images(generator.generate(captions, sample_ids, seeds, weights))
     except Exception as error:
         _raise_if_general(error, len(rows))
         if not can_retry:
@@ -76,6 +78,8 @@ def attempt(
             what.error,
             what.message,
         )
+    else:
+        return _without_strays(dict(enumerate(images)), [], len(rows))
     made: dict[int, Tensor] = {}
     failures = []
     for place, row in enumerate(rows):
@@ -84,7 +88,7 @@ def attempt(
         except Exception as error:  # noqa: BLE001 - whatever a pipeline raises is recorded
             _raise_if_general(error, len(rows))
             failures.append(_describe(place, error))
-    return _join(made, len(rows)), failures
+    return _without_strays(made, failures, len(rows))
 
 
 def _make_alone(
@@ -99,7 +103,7 @@ def _make_alone(
     images = generator.generate(
         [caption] * batch_size, [sample_id] * batch_size, [seed] * batch_size, weights
     )
-    return images[place]
+    return check_images(images)[place]
 
 
 def _raise_if_general(error: Exception, batch_size: int) -> None:
@@ -113,7 +117,7 @@ def _raise_if_general(error: Exception, batch_size: int) -> None:
             f"expected {batch_size} images at a time to fit the memory; got {type(error).__name__}."
             " Lower the evaluation's `batch_size`, or set a `dtype` of 16 bits."
         ) from error
-    if isinstance(error, SegalignError | torch.AcceleratorError):
+    if isinstance(error, ConfigError | torch.AcceleratorError):
         raise error
 
 
@@ -126,9 +130,17 @@ def _describe(place: int, error: Exception) -> Failure:
     return Failure(place, type(error).__name__, lines[0].strip()[:_MAX_MESSAGE])
 
 
-def _join(made: dict[int, Tensor], batch_size: int) -> Tensor | None:
-    """Put rows at their places, and NaN at the others."""
+def _without_strays(
+    made: dict[int, Tensor], failures: list[Failure], batch_size: int
+) -> tuple[Tensor | None, list[Failure]]:
+    """Put rows at their places, and NaN at the others and at those that leave [0, 1]."""
     if not made:
-        return None
+        return None, failures
     lost = torch.full_like(next(iter(made.values())), torch.nan)
-    return torch.stack([made.get(place, lost) for place in range(batch_size)])
+    images = torch.stack([made.get(place, lost) for place in range(batch_size)])
+    strays = outside_range(images)
+    failures = [*failures, *(_describe(row, error) for row, error in strays.items())]
+    if len(failures) == batch_size:
+        return None, sorted(failures, key=lambda failure: failure.row)
+    images[list(strays)] = torch.nan
+    return images, sorted(failures, key=lambda failure: failure.row)

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from segalign.data.loaders import BatchSettings, eval_loader, open_shards
 from segalign.data.order import BatchPlan
 from segalign.errors import DataError
+from segalign.evaluation.ranks import gather_objects, together
 
 _READ_AT_ONCE = 512
 
@@ -58,6 +59,23 @@ def read_caption_rows(shards: Path, count: int | None) -> list[CaptionRow]:
         raise DataError(
             f"expected captions in `{shards}` to evaluate on; none of them can be read; run "
             "`main.py shards verify` on the folder"
+        )
+    return rows
+
+
+def read_same_captions(shards: Path, count: int | None) -> list[CaptionRow]:
+    """Read captions as ``read_caption_rows`` does; every rank must call it.
+
+    Raises:
+        DataError: If the ranks have not read the same, or one of them has read none.
+    """
+    rows = together(lambda: read_caption_rows(shards, count))
+    digests = gather_objects(captions_digest(rows))
+    other = next((rank for rank, one in enumerate(digests) if one != digests[0]), None)
+    if other is not None:
+        raise DataError(
+            f"expected the same captions in `{shards}` for every process; process {other} has read "
+            "others than process 0; give all of them the same shards"
         )
     return rows
 

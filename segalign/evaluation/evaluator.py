@@ -6,23 +6,22 @@ Dims: B images of a micro-batch, N images of the plan, H/W pixels.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from segalign.diffusion.generator import ImageGenerator
-from segalign.errors import ConfigError, DataError
+from segalign.errors import ConfigError
 from segalign.evaluation.attempts import attempt
 from segalign.evaluation.image_metric import EvaluationSetting, Findings, ImageBatch, ImageMetric
 from segalign.evaluation.observation import observing
+from segalign.evaluation.pixels import to_pixels
 from segalign.evaluation.plan import PlannedBatch
-from segalign.evaluation.ranks import gather_objects, own_rank, world_size
+from segalign.evaluation.ranks import gather_objects, own_rank, together, world_size
 from segalign.evaluation.result import FailedImage
 from segalign.evaluation.start_images import StartImages
 from segalign.rng import counter_seed
-
-# What clamped images may exceed [0, 1] by: nothing but rounding.
-_SLACK = 1e-3
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ class Evaluator:
         setting: What is made.
         metrics: Who looks; their names differ.
         start: Images of the model before training, if they were kept.
-        bears_failures: Note images that the model raises an error for, and go on with the others;
-            impossible where images are made by several ranks together.
+        bears_failures: Note images that the model raises an error for, or that leave [0, 1], and go
+            on with the others; impossible where images are made by several ranks together.
 
     Raises:
         ConfigError: If two metrics have one name.
@@ -99,6 +98,9 @@ class Evaluator:
     ) -> Outcome:
         """Make the images and measure them; every rank must call it.
 
+        An error on one rank ends it on all of them, when they have made their own images; but ranks
+        that make images together, as of a sharded model, wait for one that has failed.
+
         Args:
             generator: The model.
             advance: Told of how many images this rank has made.
@@ -106,19 +108,33 @@ class Evaluator:
 
         Raises:
             ConfigError: If a metric cannot measure this evaluation; nothing is made then.
-            DataError: If images leave [0, 1], or something a metric needs is missing.
+            DataError: If images leave [0, 1] and that is not borne, or something a metric needs is
+                missing.
+            SegalignError: If a library has failed on another rank.
         """
         with observing():
-            for metric in self.metrics:
-                metric.start(self.setting)
+            self.start_metrics()
             self._clock.lap("metrics")
-            own = self._measure(generator, advance, keep_as_start=keep_as_start)
+            own = together(
+                lambda: self._measure(generator, advance, keep_as_start=keep_as_start), is_long=True
+            )
             counts = _Counts.joined(gather_objects(own))
             if keep_as_start and self.start is not None:
                 self._finish_start(self.start)
             findings = {m.name: m.finish() for m in self.metrics} if counts.counted else {}
             self._clock.lap("metrics")
         return self._outcome(findings, counts)
+
+    def start_metrics(self) -> None:
+        """Start all metrics, as ``run`` does; every rank must call it.
+
+        Raises:
+            ConfigError: If a metric cannot measure this evaluation.
+            DataError: If something a metric needs is missing.
+        """
+        with observing():
+            for metric in self.metrics:
+                together(partial(metric.start, self.setting))
 
     def _measure(
         self, generator: ImageGenerator, advance: Callable[[int], None], *, keep_as_start: bool
@@ -153,9 +169,7 @@ class Evaluator:
 
     def _finish_start(self, start: StartImages) -> None:
         """Record that the start is whole; no rank goes on before."""
-        if own_rank() == 0:
-            start.finish(self.setting)
-        gather_objects(None)
+        together(lambda: start.finish(self.setting) if own_rank() == 0 else None)
 
     def _make(
         self, generator: ImageGenerator, planned: PlannedBatch, counts: "_Counts"
@@ -237,26 +251,6 @@ class _Counts:
 def image_seed(eval_seed: int, index: int) -> int:
     """Seed the noise of a caption's ``index``-th image; the first has the evaluation's own seed."""
     return eval_seed if index == 0 else counter_seed("image of a caption", eval_seed, index)
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Round images in [0, 1] as files do: uint8 ``(B, 3, H, W)``, on the same device.
-
-    Raises:
-        DataError: If they are not ``(B, 3, H, W)``, or leave [0, 1].
-    """
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise DataError(
-            f"expected float images (B, 3, H, W) from the model; got {images.dtype} of shape "
-            f"{tuple(images.shape)}; mend its `generate`"
-        )
-    low, high = (float(bound) for bound in torch.aminmax(images.float()))
-    if low < -_SLACK or high > 1 + _SLACK:
-        raise DataError(
-            f"expected images in [0, 1] from the model; got {low:.3g} to {high:.3g}; scale and "
-            "clamp what its `generate` returns"
-        )
-    return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 class _Clock:

@@ -124,9 +124,10 @@ class Findings:
 class ImageMetric(ABC):
     """A metric of generated images.
 
-    An evaluation calls ``start`` once, ``update`` for every micro-batch, equally often on every
-    rank, and ``finish`` once. Results must not depend on how micro-batches are dealt out to ranks.
-    Metrics must draw no random numbers, and may use collectives in ``start`` and ``finish`` alone.
+    An evaluation calls ``start`` at least once, ``update`` for every micro-batch, equally often on
+    every rank but for those of which no image could be made, and ``finish`` once. Results must not
+    depend on how micro-batches are dealt out to ranks. Metrics must draw no random numbers, and may
+    use collectives in ``start`` and ``finish`` alone.
 
     Attributes:
         name: Names the metric in result files; unique in an evaluation.

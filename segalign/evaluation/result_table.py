@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from typing import Any, Final
 
 from segalign.errors import ConfigError, DataError
@@ -22,6 +23,8 @@ _HEADINGS: Final[Mapping[str, str]] = {
     "attributes": "attributes",
     "attributes/past_77": "attributes past 77",
 }
+# Of columns that are no values.
+_OTHER_HEADINGS: Final = ("model", "images")
 
 
 def compare(results: Sequence[EvaluationResult], sources: Sequence[str] = ()) -> ReportTable:
@@ -50,7 +53,8 @@ def compare(results: Sequence[EvaluationResult], sources: Sequence[str] = ()) ->
         _merge(merged, origin, result.conditions, source)
     columns = _columns(results)
     is_short = [one.num_counted < one.num_captions * one.images_per_caption for one in results]
-    headings = ["model", *(["images"] if any(is_short) else []), *columns]
+    own = _OTHER_HEADINGS if any(is_short) else _OTHER_HEADINGS[:1]
+    headings = [*own, *columns]
     return ReportTable(
         f"{results[0].num_captions} captions x {results[0].images_per_caption}, prompts "
         f"{short(results[0].prompts)}, protocol {short(conditions_digest(merged))}",
@@ -88,13 +92,25 @@ def _columns(results: Sequence[EvaluationResult]) -> dict[str, str]:
         for name in found if star else [n for n in names if n == pattern]:
             own = name[len(stem) :] if star else ""
             joined = f"{heading} ({own})" if heading and own and len(found) > 1 else heading or own
-            columns[_cell(joined)] = name
+            columns[_free(joined, name, columns)] = name
     shown = {*columns.values()}
     # Of other metrics, the number that has the metric's name.
     main = {
         name for one in results for name, metric in one.metrics.items() if name in metric.values
     }
-    return columns | {_cell(name): name for name in names if name in main - shown}
+    for name in (one for one in names if one in main - shown):
+        columns[_free(name, name, columns)] = name
+    return columns
+
+
+def _free(heading: str, name: str, taken: Mapping[str, str]) -> str:
+    """Return a heading that no other column has: the value's own name where the first one is taken.
+
+    A reward may be called like a metric.
+    """
+    numbered = (f"{name} ({number})" for number in count(2))
+    cells = (_cell(text) for text in chain((heading, name), numbered))
+    return next(cell for cell in cells if cell not in taken and cell not in _OTHER_HEADINGS)
 
 
 def _cell(text: str) -> str:

@@ -25,10 +25,13 @@ class StartImages:
 
     Args:
         folder: Where they are, or will be.
+        made_by: How the model makes images, in words: other steps, or another size, are other
+            images.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, made_by: str = "") -> None:
         self.folder = folder
+        self.made_by = made_by
 
     def describe(self, setting: EvaluationSetting) -> dict[str, Any]:
         """Return what decides which images are stored, plain data."""
@@ -38,6 +41,7 @@ class StartImages:
             "images_per_caption": plan.images_per_caption,
             "batch_size": plan.batch_size,
             "eval_seed": setting.eval_seed,
+            "made_by": self.made_by,
         }
 
     def is_of(self, setting: EvaluationSetting) -> bool:

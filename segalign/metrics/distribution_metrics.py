@@ -3,7 +3,7 @@
 Dims: d features, c classes.
 """
 
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -22,29 +22,18 @@ from segalign.metrics.inception_score import InceptionScore
 from segalign.metrics.kernel_distance import KernelDistance
 from segalign.metrics.kernels import Estimator, Kernel, PolynomialKernel
 from segalign.metrics.metric_protocol import weight_notes
-from segalign.metrics.reference_statistics import ReferenceStatistics
+from segalign.metrics.recovering_metric import TooFewImagesError
+from segalign.metrics.reference_statistics import ReferenceSource
 
 _PROBE_SIZE: Final = 64
-
-
-class ReferenceSource(Protocol):
-    """Where the statistics of real images come from."""
-
-    def statistics(
-        self, extractor: FeatureExtractor, setting: EvaluationSetting
-    ) -> ReferenceStatistics:
-        """Read the statistics, or compute them; every rank must call it.
-
-        Raises:
-            DataError: If they are missing, or of another protocol.
-        """
-        ...
 
 
 class FrechetImageMetric(ImageMetric):
     """Frechet distance of generated images from real ones; FID with Inception's features.
 
-    Sums are kept on the CPU, where float64 is exact whatever the images were made on.
+    Sums are kept on the CPU, where float64 is exact whatever the images were made on. Where failed
+    images leave too few, there is no value, and a note. The number of images is part of the
+    protocol: the distance depends on it.
 
     Args:
         name: Of the metric and of its value.
@@ -90,9 +79,12 @@ class FrechetImageMetric(ImageMetric):
 
     @override
     def finish(self) -> Findings:
-        """Return the distance."""
-        distance = float(self.metric.compute())
-        return Findings({self.name: distance}, self._protocol(), notes=self._notes())
+        """Return the distance, or say why there is none."""
+        try:
+            values = {self.name: float(self.metric.compute())}
+        except TooFewImagesError:
+            values = {}
+        return Findings(values, self._protocol(), notes=self._notes(has_value=bool(values)))
 
     def _check_count(self, side: str, count: int) -> None:
         too_few = few_samples(side, count, self.extractor.num_features)
@@ -111,17 +103,23 @@ class FrechetImageMetric(ImageMetric):
             "dtype": "float64",
         }
 
-    def _notes(self) -> list[str]:
+    def _notes(self, *, has_value: bool) -> list[str]:
         counts = {"generated": self.metric.num_generated, "real": self.metric.num_real}
         found = [few_samples(*side, self.extractor.num_features) for side in counts.items()]
+        advice = "compare it at equal counts only"
+        if not has_value:
+            advice = "so there is no value; add images"
+            advice += "" if self.allow_few_images else ", or set `allow_few_images: true`"
         return [
             *weight_notes(self.name, self.extractor.protocol()),
-            *(f"{self.name}: {one}; compare it at equal counts only" for one in found if one),
+            *(f"{self.name}: {one}; {advice}" for one in found if one),
         ]
 
 
 class InceptionScoreImageMetric(ImageMetric):
     """Inception score of generated images.
+
+    It grows with the number of images, which is part of the protocol therefore.
 
     Args:
         name: Of the metric and of its value; the deviation is ``NAME_std``.
@@ -190,6 +188,10 @@ class InceptionScoreImageMetric(ImageMetric):
 class KernelImageMetric(ImageMetric):
     """Kernel distance of generated images from real ones: KID, or CMMD with CLIP's features.
 
+    Where failed images leave too few, there is no value, and a note. The unbiased estimator does
+    not depend on the number of images, so that numbers of a few more or less may be compared; the
+    biased one does, and has it in its protocol.
+
     Args:
         name: Of the metric and of its value; the deviation over subsets is ``NAME_std``.
         extractor_source: The extractor.
@@ -243,26 +245,33 @@ class KernelImageMetric(ImageMetric):
 
     @override
     def finish(self) -> Findings:
-        """Return the distance."""
-        found = self.metric.compute()
+        """Return the distance, or say why there is none."""
+        notes = weight_notes(self.name, self.extractor.protocol())
+        try:
+            found = self.metric.compute()
+        except TooFewImagesError as error:
+            return Findings({}, self._protocol(), notes=[*notes, f"{self.name}: no value; {error}"])
         values = {self.name: float(found["distance"])}
         if "std" in found:
             values[f"{self.name}_std"] = float(found["std"])
+        protocol = self._protocol()
+        if self.estimator == "biased":
+            protocol["num_generated"] = int(found["num_generated"])
+        return Findings(values, protocol, notes=notes)
+
+    def _protocol(self) -> dict[str, Any]:
         kernel = self.kernel or PolynomialKernel()
         subsets = {"count": self.num_subsets, "size": self.subset_size, "seed": 0, "ddof": 0}
-        protocol = {
+        return {
             "metric": "kernel_distance",
             "extractor": self.extractor.protocol(),
             "reference": self.real.protocol,
-            "num_real": int(found["num_real"]),
-            "num_generated": int(found["num_generated"]),
+            "num_real": len(self._rows()),
             "kernel": kernel.protocol(),
             "estimator": self.estimator,
             "subsets": subsets if self.num_subsets else "all images",
             "dtype": "float64",
         }
-        notes = weight_notes(self.name, self.extractor.protocol())
-        return Findings(values, protocol, notes=notes)
 
     def _check_count(self, side: str, count: int) -> None:
         least = max(self.subset_size if self.num_subsets else 0, 2)

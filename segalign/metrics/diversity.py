@@ -92,7 +92,6 @@ class Diversity(ImageMetric):
             protocol={
                 "metric": "same-prompt diversity",
                 "images_per_caption": self._per_prompt,
-                "num_prompts": num_prompts,
                 "network": self._net.protocol(),
             },
             per_image=columns,

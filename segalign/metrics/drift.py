@@ -3,6 +3,7 @@
 Dims: B images of a micro-batch.
 """
 
+import torch
 from typing_extensions import override
 
 from segalign.evaluation.image_metric import EvaluationSetting, Findings, ImageBatch, ImageMetric
@@ -64,7 +65,7 @@ class Drift(ImageMetric):
 
     @override
     def finish(self) -> Findings:
-        """Join the ranks, which all have images of the start, or none of them has."""
+        """Join the ranks."""
         columns = self._columns.join(self._num_images)
         notes = weight_notes(self.name, self._net.protocol())
         num_images, drift = _join(self._drift)
@@ -82,15 +83,18 @@ class Drift(ImageMetric):
         protocol = {
             "metric": "drift from the start",
             "images_per_caption": self._per_prompt,
-            "num_images": num_images,
             "network": self._net.protocol(),
         }
         return Findings(values, protocol, columns, notes)
 
 
 def _join(mean: ValueMean) -> tuple[int, float]:
-    """Return how many values all ranks have, and their mean; every rank has shown some, or none."""
+    """Return how many values all ranks have, and their mean; every rank must call it.
+
+    A rank may have shown no image, because none of its own could be made.
+    """
     if not mean.update_called:
-        return 0, 0.0
+        none = torch.zeros(0, dtype=torch.int64)
+        mean.update(none.double(), none, none.bool())  # torchmetrics warns of metrics not updated
     result = mean.compute()
     return int(result["num_samples"]), float(result["mean"])

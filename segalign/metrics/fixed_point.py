@@ -31,24 +31,34 @@ def from_grid(points: Tensor, grid_bits: int) -> Tensor:
 
 
 def check_product_sums(product_sum: Tensor, grid_bits: int) -> None:
-    """Check that sums of products of features on the grid are exact.
+    """Check that sums of products of features on the grid, float64 ``(d, d)``, are exact.
 
-    It is enough to look at the squares. By Cauchy-Schwarz they bound all other sums, and every
-    partial sum of those, in whatever order a matrix product adds them. With 12 bits, features below
-    32 can be summed over 2^19 images, smaller ones over more.
+    Raises:
+        DataError: See ``check_square_sums``.
+    """
+    check_square_sums(product_sum.diagonal(), grid_bits)
+
+
+def check_square_sums(square_sum: Tensor, grid_bits: int) -> None:
+    """Check that sums of products of features on the grid are exact, by the sums of squares.
+
+    By Cauchy-Schwarz squares bound all other products, and every partial sum of those, in whatever
+    order a matrix product adds them. With 12 bits, features below 32 can be summed over 2^19
+    images, smaller ones over more.
 
     Args:
-        product_sum: Whole numbers, float64 ``(d, d)``.
+        square_sum: Whole numbers, float64 ``(d,)``.
         grid_bits: The grid.
 
     Raises:
         DataError: If they are too large.
     """
-    largest = product_sum.diagonal().max().item() if len(product_sum) else 0.0
+    largest = square_sum.max().item() if len(square_sum) else 0.0
     if not largest < MAX_WHOLE:
         raise DataError(
             "expected features that can be summed exactly, squares below 2^53 in all; got "
-            f"{largest:.3g} on a grid of 2^-{grid_bits}; lower `grid_bits`, or take fewer images"
+            f"{largest:.3g} on a grid of 2^-{grid_bits}; lower `grid_bits` of the reference "
+            "statistics, or take fewer images"
         )
 
 

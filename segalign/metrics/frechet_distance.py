@@ -3,7 +3,7 @@
 Dims: B rows, d features.
 """
 
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 from typing_extensions import override
@@ -13,6 +13,9 @@ from segalign.metrics.feature_statistics import FeatureStatistics
 from segalign.metrics.feature_sums import FeatureSumMetric
 from segalign.metrics.fixed_point import FEATURE_BITS
 from segalign.metrics.frechet import frechet_distance
+from segalign.metrics.recovering_metric import TooFewImagesError
+
+_LEAST: Final = 2
 
 
 class FrechetDistance(FeatureSumMetric):
@@ -96,15 +99,23 @@ class FrechetDistance(FeatureSumMetric):
         """Return the squared distance, float64 scalar; see ``frechet_distance``.
 
         Raises:
-            DataError: If a side has too few samples; a later compute with more will do.
+            TooFewImagesError: If a side has too few samples, at least fewer than two.
         """
         generated = self.side_statistics("generated")
         real = self.side_statistics("real") if self.reference is None else self.reference
         self.num_real, self.num_generated = real.num_samples, generated.num_samples
         for side, statistics in (("real", real), ("generated", generated)):
-            too_few = few_samples(side, statistics.num_samples, self.num_features)
+            count = statistics.num_samples
+            too_few = few_samples(side, count, self.num_features)
             if too_few and not self.allow_few_samples:
-                raise DataError(f"{too_few}; add images, or allow it by `allow_few_samples`")
+                raise TooFewImagesError(
+                    f"{too_few}; add images, or allow it by `allow_few_samples`"
+                )
+            if count < _LEAST:
+                raise TooFewImagesError(
+                    f"expected at least {_LEAST} {side} images for a covariance; got {count}; add "
+                    "images"
+                )
         return self.computed_once(
             lambda: frechet_distance(
                 real.mean(), real.covariance(), generated.mean(), generated.covariance()

@@ -38,6 +38,9 @@ class GeneratedRetrieval(ImageMetric):
     by the text-relevant part of the captions. Captions are read as the reward reads them. See
     `segalign.metrics.retrieval.Retrieval` for galleries, ties, equal captions and exactness.
 
+    A caption whose image does not count is left out, and all later ones move up in the galleries:
+    so the protocol tells the numbers of missing captions.
+
     Args:
         scorer: Settings of a CLIP-type reward, or one that has been read; neither its omega nor its
             ``renormalize`` matters.
@@ -80,7 +83,7 @@ class GeneratedRetrieval(ImageMetric):
         self._metric = Retrieval(
             1, gallery_size=self.gallery_size, common_direction=_direction_of(reward)
         )
-        self._num_ranked = 0
+        self._ranked: list[int] = []
 
     @override
     def update(self, batch: ImageBatch) -> None:
@@ -98,7 +101,7 @@ class GeneratedRetrieval(ImageMetric):
         is_first = (batch.places % per_caption == 0) & batch.counted.cpu()
         ids = batch.places // per_caption
         self._metric.update(ids, batch.captions, images, texts.unsqueeze(1), is_first)
-        self._num_ranked += int(is_first.sum())
+        self._ranked += ids[is_first].tolist()
 
     @override
     def finish(self) -> Findings:
@@ -106,8 +109,14 @@ class GeneratedRetrieval(ImageMetric):
         assert self._setting is not None
         assert self._reward is not None
         direction = _describe_direction(self._reward)
-        protocol = {"scorer": self._protocol, "common_direction": direction}
-        num_ranked, needed = sum(gather_objects(self._num_ranked)), self.gallery_size or 2
+        ranked = {number for part in gather_objects(self._ranked) for number in part}
+        numbers = range(self._setting.plan.num_captions)
+        protocol = {
+            "scorer": self._protocol,
+            "common_direction": direction,
+            "missing_captions": [number for number in numbers if number not in ranked],
+        }
+        num_ranked, needed = len(ranked), self.gallery_size or 2
         if num_ranked < needed:
             note = f"no retrieval: a gallery needs {needed} images, and {num_ranked} count"
             return Findings({}, {**protocol, "gallery_size": self.gallery_size}, notes=[note])

@@ -47,6 +47,8 @@ _TO_V = "image_to_v_similarity"
 class ImageSimilarity(ImageMetric):
     """Mean cosines of the images' features with each other and, for a reward, with V.
 
+    Images whose features are not finite are left out, and noted.
+
     Args:
         encoder: A CLIP-type reward that has been read, or the settings of a feature extractor,
             which has no V.
@@ -72,7 +74,7 @@ class ImageSimilarity(ImageMetric):
         self._plan = plan
         self._cosines = PlaceValues()
         self._sum: Tensor | None = None
-        self._squares = self._num_images = self._num_ordered = 0
+        self._squares = self._num_images = self._num_ordered = self._num_lost = 0
         self._embed = self._open(setting)
         self._direction: Tensor | None = None
         if isinstance(self.encoder, ClipReward):
@@ -81,7 +83,9 @@ class ImageSimilarity(ImageMetric):
     @override
     def update(self, batch: ImageBatch) -> None:
         features = F.normalize(self._embed(batch).double(), dim=-1)
-        counted = batch.counted.to(features.device)
+        wanted = batch.counted.to(features.device)
+        counted = wanted & features.isfinite().all(dim=-1)
+        self._num_lost += int((wanted & ~counted).sum())
         if self._direction is not None:
             cosines = features @ self._direction.to(features)
             self._cosines.add(batch.places, counted, {self._named(_TO_V): cosines})
@@ -98,19 +102,25 @@ class ImageSimilarity(ImageMetric):
 
     @override
     def finish(self) -> Findings:
-        own = [self._squares, self._num_images, self._num_ordered]
+        own = [self._squares, self._num_images, self._num_ordered, self._num_lost]
         own += [] if self._sum is None else self._sum.tolist()
         # A rank without batches does not know the width.
-        parts = [part for part in gather_objects(own) if len(part) > 3]
+        parts = [part for part in gather_objects(own) if len(part) > 4]
         sums = [sum(column) for column in zip(*parts, strict=True)]
-        squares, num_images, num_ordered, *total = sums
+        squares, num_images, num_ordered, num_lost, *total = sums
         found = self._cosines.join(self._plan.num_images)
         values = mean_cosines(total, squares, num_images, num_ordered)
         return Findings(
             {self._named(name): value for name, value in values.items()} | means(found),
-            self._protocol() | {"num_images": num_images},
+            self._protocol(),
             per_image=found,
+            notes=self._notes(num_lost),
         )
+
+    def _notes(self, num_lost: int) -> list[str]:
+        if not num_lost:
+            return []
+        return [f"{self.name}: {num_lost} images are left out, whose features are not finite"]
 
     def _named(self, name: str) -> str:
         return f"{name}{self.suffix}"

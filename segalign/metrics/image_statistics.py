@@ -129,7 +129,6 @@ class ImageStatistics(ImageMetric):
             "metric": self.name,
             "luminance": "BT.709 of encoded values",
             "high_frequency": "Hann window, above 1/4 cycle per pixel",
-            "num_images": sum(value is not None for value in next(iter(found.values()), [])),
         }
         return Findings(means(found), protocol, per_image=found)
 

@@ -14,7 +14,7 @@ from segalign.errors import ConfigError, DataError
 from segalign.metrics.feature_statistics import check_finite
 from segalign.metrics.host_gather import gather_to_host
 from segalign.metrics.kernels import Estimator, Kernel, PolynomialKernel, squared_distance
-from segalign.metrics.recovering_metric import RecoveringMetric
+from segalign.metrics.recovering_metric import RecoveringMetric, TooFewImagesError
 from segalign.rng import counter_seed
 
 _SIDES: Final = ("real", "generated")
@@ -128,13 +128,14 @@ class KernelDistance(RecoveringMetric):
         """Return the distance, and its deviation over subsets if there are any.
 
         Raises:
-            DataError: If a side has too few images, or an id stands for two images.
+            TooFewImagesError: If a side has too few.
+            DataError: If an id stands for two images.
         """
         generated = self._sorted_rows("generated")
         real = self._sorted_rows("real") if self.real_rows is None else self.real_rows
         least = max(self.subset_size if self.num_subsets else 0, 2)
         if min(len(real), len(generated)) < least:
-            raise DataError(
+            raise TooFewImagesError(
                 f"expected at least {least} images on each side of a kernel distance; got "
                 f"{len(real)} real and {len(generated)} generated ones; add images, or lower "
                 "`subset_size`"

@@ -8,7 +8,12 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
+from segalign.errors import DataError
 from segalign.metrics.first_rank import on_first_rank
+
+
+class TooFewImagesError(DataError):
+    """There are too few images for a number, on every rank alike; it can be had with more."""
 
 
 class RecoveringMetric(Metric):

@@ -4,9 +4,9 @@ The name of a file carries the digest of what its statistics depend on, and a fi
 it says the same itself and holds what was written.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,20 +17,19 @@ from segalign.data.loaders import open_shards
 from segalign.data.manifest import Manifest
 from segalign.errors import ConfigError, DataError, StorageError
 from segalign.evaluation.image_metric import EvaluationSetting
-from segalign.evaluation.ranks import gather_objects, own_rank
+from segalign.evaluation.ranks import gather_objects, own_rank, together
 from segalign.metrics.extractors.protocol import FeatureExtractor
+from segalign.metrics.fixed_point import FEATURE_BITS
 from segalign.metrics.metric_protocol import check_same_protocol, protocol_digest
 from segalign.metrics.reference_computing import (
     ReferenceSettings,
     compute_reference,
     reference_key,
-    together,
 )
+from segalign.metrics.reference_files import SUFFIX, is_file, load_reference, save_reference
 from segalign.metrics.reference_statistics import ReferenceStatistics
 
 FOLDER_NAME: Final = "statistics"
-_SUFFIX: Final = ".safetensors"
-_CONTENT: Final = "content"
 _DIGEST_LENGTH: Final = 16
 _NAME_LENGTH: Final = 32
 
@@ -46,6 +45,8 @@ class ReferenceImages:
         batch_size: Images an extractor sees at a time.
         keep_rows: Keep the features themselves too, which kernel distances need.
         cache: Folder for the statistics where the one of the shards cannot be written.
+        grid_bits: Sums are of features rounded to multiples of ``2**-grid_bits``. Lower it where
+            features are too large to be summed exactly, which an error tells; a file has its own.
     """
 
     def __init__(
@@ -56,28 +57,28 @@ class ReferenceImages:
         batch_size: int = 32,
         keep_rows: bool = True,
         cache: str | None = None,
+        grid_bits: int = FEATURE_BITS,
     ) -> None:
-        for name, value in (("image_size", image_size), ("count", count)):
+        numbers = {"batch_size": batch_size, "grid_bits": grid_bits}
+        for name, value in {"image_size": image_size, "count": count, **numbers}.items():
             if value is not None and value < 1:
                 raise ConfigError(
                     f"expected `{name}` of reference images to be at least 1; got {value}; raise it"
                 )
-        if batch_size < 1:
-            raise ConfigError(
-                f"expected `batch_size` of reference images to be at least 1; got {batch_size}; "
-                "raise it"
-            )
         self.path = path
         self.image_size = image_size
         self.count = count
         self.batch_size = batch_size
         self.keep_rows = keep_rows
         self.cache = cache
+        self.grid_bits = grid_bits
 
     def statistics(
         self, extractor: FeatureExtractor, setting: EvaluationSetting
     ) -> ReferenceStatistics:
         """Read the statistics, or compute and keep them; every rank must call it.
+
+        They are read once a run, by equal settings and for equal extractors.
 
         Args:
             extractor: Frozen network, on the setting's device.
@@ -88,8 +89,14 @@ class ReferenceImages:
             DataError: If shards or a file are missing, damaged, or of another protocol.
             StorageError: If the statistics cannot be kept.
         """
+        digest = protocol_digest({"settings": vars(self), "extractor": extractor.protocol()})
+        asked = _Asked(digest, lambda: self._find(extractor, setting.device))
+        found: ReferenceStatistics = setting.pool.load(_ReadOnce(asked))
+        return found
+
+    def _find(self, extractor: FeatureExtractor, device: torch.device) -> ReferenceStatistics:
         place = Path(self.path).expanduser()
-        if place.is_file() or place.suffix == _SUFFIX:
+        if is_file(self.path):
             return together(lambda: self._read(place, extractor))
         folders = [place / FOLDER_NAME]
         if self.cache is not None:
@@ -102,11 +109,12 @@ class ReferenceImages:
                 count=self.count,
                 batch_size=self.batch_size,
                 keep_rows=self.keep_rows,
+                grid_bits=self.grid_bits,
             ),
-            device=setting.device,
+            device=device,
             folders=folders,
         )
-        return found
+        return found if self.keep_rows else found.without_rows()
 
     def _read(self, path: Path, extractor: FeatureExtractor) -> ReferenceStatistics:
         statistics = load_reference(path)
@@ -118,7 +126,7 @@ class ReferenceImages:
                     f"expected reference statistics with `{name}` {wanted}; `{path}` has "
                     f"{images.get(name)}; make them again with `main.py stats compute`"
                 )
-        return statistics
+        return statistics if self.keep_rows else statistics.without_rows()
 
 
 def keep_reference(
@@ -157,7 +165,7 @@ def keep_reference(
     names = [file] if file is not None else _candidates(folders, key, settings.keep_rows)
     found = _from_first_rank(lambda: next((path for path in names if path.exists()), None))
     if found is not None:
-        return together(lambda: _load_for(found, key, settings.keep_rows)), found, True
+        return together(lambda: _load_for(found, key, settings)), found, True
     place = _from_first_rank(lambda: _writable(names))
     assert place is not None
     statistics = compute_reference(manifest, extractor, settings, device=device, advance=advance)
@@ -165,59 +173,21 @@ def keep_reference(
     return statistics, place, False
 
 
-def check_file_name(path: Path) -> Path:
-    """Return the name of a file to write, which configs know by its ending.
-
-    Raises:
-        ConfigError: If it has another one.
-    """
-    if path.suffix != _SUFFIX:
-        raise ConfigError(f"expected a file name that ends in `{_SUFFIX}`; got `{path}`; change it")
-    return path
-
-
-def save_reference(statistics: ReferenceStatistics, path: Path) -> None:
-    """Write a file with a digest of its content.
-
-    Raises:
-        StorageError: If it cannot be written.
-    """
-    protocol = {**statistics.protocol, _CONTENT: _content_digest(statistics)}
-    ReferenceStatistics(statistics.statistics, statistics.rows, protocol).save(path)
-
-
-def load_reference(path: Path) -> ReferenceStatistics:
-    """Read a file of ``save_reference``.
-
-    Raises:
-        DataError: If there is none, or it is damaged or another kind of file.
-    """
-    found = ReferenceStatistics.load(path)
-    if found.protocol.pop(_CONTENT, None) != _content_digest(found):
-        raise DataError(
-            f"expected reference statistics in `{path}`; its content is not what was written, so "
-            "it is damaged; delete it and run `main.py stats compute` again"
-        )
-    if not isinstance(found.protocol.get("images"), Mapping):
-        raise DataError(
-            f"expected reference statistics in `{path}` to say which images they are of; they do "
-            "not; delete it and run `main.py stats compute` again"
-        )
-    return found
-
-
-def _load_for(path: Path, key: Mapping[str, Any], keep_rows: bool) -> ReferenceStatistics:
+def _load_for(
+    path: Path, key: Mapping[str, Any], settings: ReferenceSettings
+) -> ReferenceStatistics:
     """Read a file, and see that it is what its name or the caller says."""
+    key = {**key, "grid_bits": settings.grid_bits}
     found = load_reference(path)
     images = {name: found.protocol["images"].get(name) for name in key["images"]}
-    known = {**found.protocol, "images": images}
+    known = {**found.protocol, "images": images, "grid_bits": found.statistics.grid_bits}
     try:
         check_same_protocol(
             key, {name: known.get(name) for name in key}, "the statistics asked for and the file"
         )
     except DataError as error:
         raise DataError(f"`{path}` holds other reference statistics: {error}") from error
-    if keep_rows and found.rows is None:
+    if settings.keep_rows and found.rows is None:
         raise DataError(
             f"expected reference statistics with features of each image; `{path}` has sums alone; "
             "delete it, or choose another file"
@@ -231,7 +201,7 @@ def _candidates(folders: Sequence[Path], key: Mapping[str, Any], keep_rows: bool
     words = re.sub(r"[^a-z0-9]+", "-", extractor)[:_NAME_LENGTH].strip("-")
     stem = f"{words}-{protocol_digest(key)[:_DIGEST_LENGTH]}"
     kinds = ("-rows",) if keep_rows else ("", "-rows")
-    return [folder / f"{stem}{kind}{_SUFFIX}" for folder in folders for kind in kinds]
+    return [folder / f"{stem}{kind}{SUFFIX}" for folder in folders for kind in kinds]
 
 
 def _writable(names: Sequence[Path]) -> Path:
@@ -257,12 +227,17 @@ def _from_first_rank(work: Callable[[], Path | None]) -> Path | None:
     return first
 
 
-def _content_digest(statistics: ReferenceStatistics) -> str:
-    digest = hashlib.sha256()
-    tensors = statistics.statistics.tensors()
-    if statistics.rows is not None:
-        tensors["rows"] = statistics.rows.cpu().contiguous()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)}\0".encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """Which statistics are wanted; a pool tells sources apart by how their attributes are shown."""
+
+    digest: str
+    find: Callable[[], ReferenceStatistics] = field(repr=False)
+
+
+class _ReadOnce:
+    def __init__(self, asked: _Asked) -> None:
+        self.asked = asked
+
+    def load(self) -> ReferenceStatistics:
+        return self.asked.find()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, distributed
@@ -19,10 +19,11 @@ from segalign.data.loaders import BatchSettings, eval_loader
 from segalign.data.manifest import Manifest
 from segalign.data.order import BatchPlan
 from segalign.data.sources import plain_suffix
-from segalign.errors import ConfigError, DataError, SegalignError
-from segalign.evaluation.ranks import gather_objects, own_rank, world_size
+from segalign.errors import ConfigError, DataError
+from segalign.evaluation.ranks import gather_objects, own_rank, together, world_size
 from segalign.metrics.extractors.protocol import FeatureExtractor
 from segalign.metrics.feature_statistics import FeatureStatistics
+from segalign.metrics.fixed_point import FEATURE_BITS
 from segalign.metrics.host_gather import gather_to_host
 from segalign.metrics.reference_statistics import ReferenceStatistics
 from segalign.types import CaptionBatch
@@ -31,7 +32,6 @@ FORMAT: Final = 1
 _FIT: Final = "short side to the size, centre crop; Pillow bicubic, JPEG decoded at reduced scale"
 _ROWS_AT_ONCE: Final = 512
 _MAX_NAMED: Final = 20
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +45,15 @@ class ReferenceSettings:
         batch_size: Images an extractor sees at a time; a GPU's features depend on it in the last
             bits.
         keep_rows: Keep the features themselves too, which kernel distances need: 4 N d bytes.
+        grid_bits: Sums are of features rounded to multiples of ``2**-grid_bits``, at least 1; fewer
+            leave room for larger features and for more images.
     """
 
     image_size: int | None = None
     count: int | None = None
     batch_size: int = 32
     keep_rows: bool = True
+    grid_bits: int = FEATURE_BITS
 
 
 def reference_key(
@@ -67,8 +70,11 @@ def reference_key(
             f"expected `count` of reference images in [1, {manifest.num_samples}], the samples of "
             f"`{manifest.folder}`; got {count}; change it, or leave it out for all"
         )
+    # Names of files that were made before there was a choice stay what they are.
+    grid = {"grid_bits": settings.grid_bits} if settings.grid_bits != FEATURE_BITS else {}
     return {
         "format": FORMAT,
+        **grid,
         "extractor": extractor.protocol(),
         "images": {
             "manifest": manifest.digest,
@@ -137,28 +143,11 @@ def compute_reference(
     return ReferenceStatistics(statistics, rows, {**key, "images": images, "computed": computed})
 
 
-def together(work: Callable[[], T]) -> T:
-    """Do something on every rank; where it fails on one, it fails on all, so that none waits.
-
-    Raises:
-        SegalignError: That of the first rank where it failed.
-    """
-    result: list[T] = []
-    failure: SegalignError | None = None
-    try:
-        result.append(work())
-    except SegalignError as error:
-        failure = error
-    first = next((one for one in gather_objects(failure) if one is not None), None)
-    if first is not None:
-        raise first
-    return result[0]
-
-
 @dataclass
 class _Seen:
     """What one rank has seen of the images."""
 
+    grid_bits: int
     sample_ids: list[int] = field(default_factory=list)
     stored: Counter[str] = field(default_factory=Counter)
     left_out: list[tuple[int, str, str]] = field(default_factory=list)
@@ -175,7 +164,7 @@ class _Seen:
 
     def sums(self, num_features: int) -> FeatureStatistics:
         self._sum_up()
-        return self._summed or FeatureStatistics.of(torch.zeros(0, num_features))
+        return self._summed or FeatureStatistics.of(torch.zeros(0, num_features), self.grid_bits)
 
     def rows(self, num_features: int) -> Tensor:
         return torch.cat([torch.zeros(0, num_features), *self._features])
@@ -183,7 +172,7 @@ class _Seen:
     def _sum_up(self) -> None:
         waiting = self._features[self._num_summed :]
         if waiting:
-            part = FeatureStatistics.of(torch.cat(waiting))
+            part = FeatureStatistics.of(torch.cat(waiting), self.grid_bits)
             self._summed = part if self._summed is None else self._summed.merge(part)
             self._num_summed = len(self._features)
 
@@ -203,7 +192,7 @@ def _look(
         global_rank=own_rank(),
     )
     batches = BatchSettings(content="image", image_size=settings.image_size)
-    seen = _Seen()
+    seen = _Seen(settings.grid_bits)
     for loaded in eval_loader(manifest, plan, batches, limit=settings.count):
         batch = cast("CaptionBatch", loaded)
         pixels = (batch["images"] * 255).round().to(torch.uint8).to(device)

@@ -6,7 +6,7 @@ Dims: N images, d features.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from segalign.atomic import write_bytes_atomic
 from segalign.errors import DataError
+from segalign.evaluation.image_metric import EvaluationSetting
+from segalign.metrics.extractors.protocol import FeatureExtractor
 from segalign.metrics.feature_statistics import FeatureStatistics
 from segalign.metrics.metric_protocol import check_same_protocol
 
@@ -62,6 +64,10 @@ class ReferenceStatistics:
         what = "the extractor of the reference statistics and that of the images"
         check_same_protocol(self.protocol["extractor"], extractor_protocol, what)
 
+    def without_rows(self) -> Self:
+        """Return the sums alone."""
+        return self if self.rows is None else type(self)(self.statistics, None, self.protocol)
+
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all.
 
@@ -92,6 +98,20 @@ class ReferenceStatistics:
                 "`main.py stats`"
             ) from error
         return cls(FeatureStatistics.from_tensors(tensors), tensors.get(_ROWS), protocol)
+
+
+class ReferenceSource(Protocol):
+    """Where the statistics of real images come from."""
+
+    def statistics(
+        self, extractor: FeatureExtractor, setting: EvaluationSetting
+    ) -> ReferenceStatistics:
+        """Read the statistics, or compute them; every rank must call it.
+
+        Raises:
+            DataError: If they are missing, or of another protocol.
+        """
+        ...
 
 
 def _reason(error: Exception) -> str:

@@ -73,9 +73,8 @@ class RewardMetric(ImageMetric):
     @override
     def finish(self) -> Findings:
         found = self._found.join(self._num_images)
-        num_images = sum(value is not None for value in next(iter(found.values()), []))
         if self._described is None:
             with held_directions(self._directions):
                 self._described = {n: reward_protocol(one) for n, one in self.rewards.items()}
-        protocol = {"metric": self.name, "num_images": num_images, "rewards": self._described}
+        protocol = {"metric": self.name, "rewards": self._described}
         return Findings(means(found), protocol, per_image=found)

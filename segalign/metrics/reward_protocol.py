@@ -52,7 +52,10 @@ def direction_protocol(direction: Any) -> dict[str, Any] | None:
             "num_captions": facts.num_captions,
         }
     known = {"kind": _kind(direction)}
-    if isinstance(direction, nn.Module):
+    # One that is held has it in no state.
+    if isinstance(held := getattr(direction, "direction", None), Tensor):
+        known["direction"] = _bytes_digest(held)
+    elif isinstance(direction, nn.Module):
         known["direction"] = tensors_digest(direction)
     return known
 

@@ -141,7 +141,7 @@ def all_reduce_whole(states: dict[str, Tensor], group: Any = None) -> dict[str, 
     if pieces[0].item() or any((piece.abs() > MAX_WHOLE).any().item() for piece in floats):
         raise DataError(
             "expected sums of whole numbers below 2^53 on every rank; got others; lower "
-            "`grid_bits`, or take fewer images"
+            "`grid_bits` of the reference statistics, or take fewer images"
         )
     return {
         name: piece.view(state.shape).to(state.device, state.dtype)

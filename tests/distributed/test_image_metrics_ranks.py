@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed, multiprocessing
-from toy_features import toy_features, toy_logits
+from toy_evaluation import setting_of
+from toy_features import ToyExtractor, ToySource, toy_features, toy_logits
 
 from segalign.errors import DataError
-from segalign.metrics import host_gather
+from segalign.evaluation.image_metric import ImageBatch
+from segalign.metrics import feature_sums, host_gather
+from segalign.metrics.distribution_metrics import FrechetImageMetric, KernelImageMetric
 from segalign.metrics.feature_statistics import FeatureStatistics
 from segalign.metrics.feature_sums import FeatureSums
 from segalign.metrics.first_rank import on_first_rank
@@ -16,6 +19,7 @@ from segalign.metrics.frechet_distance import FrechetDistance
 from segalign.metrics.inception_score import InceptionScore
 from segalign.metrics.kernel_distance import KernelDistance
 from segalign.metrics.kernels import GaussianKernel
+from segalign.metrics.reference_statistics import ReferenceStatistics
 
 pytestmark = pytest.mark.distributed
 
@@ -97,11 +101,44 @@ def refusals(rank: int) -> list[str]:
     return messages
 
 
+class Reference:
+    """Features of real images."""
+
+    def statistics(self, extractor, setting):
+        features = toy_features(9, 4)
+        sums = FeatureStatistics.of(features)
+        return ReferenceStatistics(sums, features, {"extractor": extractor.protocol()})
+
+
+def missing(rank: int) -> list[str]:
+    """Lose all images but those of the first micro-batch, which one rank has."""
+    setting = setting_of(16)
+    source = ToySource(ToyExtractor())
+    metrics = [
+        FrechetImageMetric("fid", source, Reference()),
+        KernelImageMetric("kid", source, Reference(), num_subsets=1, subset_size=5),
+        KernelImageMetric("few", source, Reference()),
+    ]
+    for metric in metrics:
+        metric.start(setting)
+    for planned in setting.plan.batches(rank, 4):
+        places = torch.tensor(planned.places)
+        pixels = (torch.arange(48).view(3, 4, 4) * places.view(-1, 1, 1, 1) % 251).byte()
+        if planned.index == 0:
+            rows = [setting.rows[place] for place in planned.places]
+            batch = ImageBatch(places, places >= 0, rows, pixels)
+            for metric in metrics:
+                metric.update(batch)
+    found = [metric.finish() for metric in metrics]
+    return [f"{[*one.values]} {list(one.notes)}" for one in found]
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     host_gather._CHUNK_BYTES = 1000  # several chunks, the last of them not full
     if rank == 0:
         torch.save(results(ROWS[1][0], CHUNKS[1]), f"{folder}/alone.pt")
+    feature_sums._ROWS_AT_ONCE = 20  # some rows are multiplied at once, some later
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4
     )
@@ -110,6 +147,7 @@ def work(rank: int, folder: str) -> None:
         if rank < world:
             found = results(ROWS[world][rank], CHUNKS[world], group)
             torch.save(found, f"{folder}/{world}-{rank}.pt")
+    Path(f"{folder}/missing-{rank}.txt").write_text("\n".join(missing(rank)))
     Path(f"{folder}/refused-{rank}.txt").write_text("\n".join(refusals(rank)))
     distributed.destroy_process_group()
 
@@ -142,3 +180,12 @@ def test_ranks_refuse_together_and_can_go_on(folder):
     assert told[0][3] == "own failure"
     assert all("the first rank to compute" in lines[3] for lines in told[1:])
     assert [lines[4] for lines in told] == ["1", "2", "3", "4"]
+
+
+def test_ranks_go_on_together_where_images_that_are_lost_leave_too_few(folder):
+    told = [(folder / f"missing-{rank}.txt").read_text().splitlines() for rank in range(4)]
+    assert told[0] == told[1] == told[2] == told[3]
+    fid, kid, few = told[0]
+    assert fid.startswith("[] ['fid: expected more generated images than features (4)")
+    assert kid.startswith("[] ['kid: no value; expected at least 5 images")
+    assert few.startswith("['few'] []")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 from toy_evaluation import ToyGenerator, setting_of
+from toy_features import ToyExtractor
 from toy_scorer import toy_caption, toy_scorer
 
 from segalign.evaluation.evaluator import Evaluator
@@ -24,6 +25,18 @@ pytestmark = pytest.mark.distributed
 NUM_CAPTIONS, PER_CAPTION, BATCH_SIZE = 5, 2, 4
 
 
+class Spoilt(ToyExtractor):
+    """An extractor that fails for dark images."""
+
+    def load(self):
+        return self
+
+    def __call__(self, pixels):
+        found = super().__call__(pixels)
+        dark = pixels.float().flatten(1).mean(1) < 127.5
+        return found._replace(features=torch.where(dark[:, None], torch.nan, found.features))
+
+
 def evaluate() -> dict:
     rows = [
         {"sample_id": i, "caption": toy_caption(i), "metadata": {}} for i in range(NUM_CAPTIONS)
@@ -36,7 +49,12 @@ def evaluate() -> dict:
         dark = images.flatten(1).mean(1) < 0.5
         return scores | {"held_out/light": torch.where(dark, torch.nan, scores["reward"])}
 
-    metrics = [RewardMetric(score, {"reward": reward}), ImageSimilarity(reward), ImageStatistics()]
+    metrics = [
+        RewardMetric(score, {"reward": reward}),
+        ImageSimilarity(reward),
+        ImageSimilarity(Spoilt(), name="spoilt", suffix="/spoilt"),
+        ImageStatistics(),
+    ]
     # The images of one caption are not finite.
     generator = ToyGenerator(size=16, bad_captions=[toy_caption(3)])
     outcome = Evaluator(setting, metrics).run(generator)
@@ -67,6 +85,8 @@ def test_any_number_of_ranks_sees_the_same(tmp_path: Path):
     assert values.keys() >= {"monitor/reward", "image_to_v_similarity", "same_prompt_similarity"}
     assert all(map(math.isfinite, values.values()))
     light = alone["findings"]["rewards"]["per_image"]["monitor/held_out/light"]
+    (note,) = alone["findings"]["spoilt"]["notes"]
+    assert note.endswith("images are left out, whose features are not finite")
     assert 0 < sum(value is not None and math.isnan(value) for value in light) < 8
     for world_size in (2, 3, 4):
         folder = tmp_path / str(world_size)

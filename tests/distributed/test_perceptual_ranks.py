@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 NUM, EACH, SIZE = 5, 3, 6
 
 
-def measure(rank: int, world_size: int) -> str:
+def measure(rank: int, world_size: int, lost: int | None = None) -> str:
     setting = setting_of(NUM, EACH, SIZE)
     pixels, start = (pixels_of(NUM * EACH, 36, 36, seed=seed) for seed in (1, 2))
     counted = torch.arange(NUM * EACH) != 7
@@ -28,6 +28,8 @@ def measure(rank: int, world_size: int) -> str:
     for metric in metrics:
         metric.start(setting)
     for planned in setting.plan.batches(rank, world_size):
+        if lost is not None and (planned.index == lost or not any(planned.counted)):
+            continue
         places = torch.tensor(planned.places)
         batch = ImageBatch(
             places=places,
@@ -41,12 +43,12 @@ def measure(rank: int, world_size: int) -> str:
     return json.dumps([vars(metric.finish()) for metric in metrics])
 
 
-def compute(rank: int, folder: str, world_size: int) -> None:
+def compute(rank: int, folder: str, world_size: int, lost: int | None = None) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store-{world_size}", rank=rank, world_size=world_size
     )
-    Path(f"{folder}/{world_size}-{rank}.json").write_text(measure(rank, world_size))
+    Path(f"{folder}/{world_size}-{rank}.json").write_text(measure(rank, world_size, lost))
     distributed.destroy_process_group()
 
 
@@ -65,3 +67,11 @@ def test_any_number_of_ranks_finds_the_same(tmp_path: Path, world_size: int):
     )
     for rank in range(world_size):
         assert (tmp_path / f"{world_size}-{rank}.json").read_text() == expected
+
+
+def test_a_rank_may_have_made_nothing(tmp_path: Path):
+    expected = measure(0, 1, lost=1)
+    assert json.loads(expected)[1]["protocol"]["num_images"] == 9
+    multiprocessing.start_processes(compute, (str(tmp_path), 2, 1), nprocs=2, start_method="fork")
+    for rank in range(2):
+        assert (tmp_path / f"2-{rank}.json").read_text() == expected

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import random
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -16,7 +18,7 @@ from callbacks.image_metric import ImageMetricCallback
 from datamodules.long_caption import LongCaptionDataModule
 from lightning_modules.run_loading import build_module
 from segalign.data.scene_shards import ScenesShards
-from segalign.errors import ConfigError
+from segalign.errors import ConfigError, DataError
 
 
 class RecorderCallback(ImageMetricCallback):
@@ -102,10 +104,39 @@ def test_later_images_are_compared_with_those_of_the_start(run_dir, shards):
     assert not torch.equal(later[-1][0].pixels, first[0].pixels)
 
 
+class StrayDraws(Callback):
+    """Make the loss depend on every global generator, as dropout does; nothing seeds a step."""
+
+    def on_train_start(self, trainer, pl_module):
+        def disturb(unet, arguments):
+            if not torch.is_grad_enabled():
+                return arguments
+            noise = random.random() + np.random.rand()  # noqa: NPY002
+            return (torch.nn.functional.dropout(arguments[0], 0.1) + 0.01 * noise, *arguments[1:])
+
+        pl_module.unet.register_forward_pre_hook(disturb)
+
+
 def test_training_does_not_notice(run_dir, shards):
-    alone = fit(run_dir / "alone", shards, [EMA()], limit_val_batches=0)[2]
-    watched = fit(run_dir / "watched", shards, [evaluation(), RecorderCallback(), EMA()])[2]
+    random.seed(0), np.random.seed(0)  # noqa: NPY002
+    alone = fit(run_dir / "alone", shards, [StrayDraws(), EMA()])[2]
+    random.seed(0), np.random.seed(0)  # noqa: NPY002
+    watchers = [evaluation(), RecorderCallback()]
+    watched = fit(run_dir / "watched", shards, [StrayDraws(), *watchers, EMA()])[2]
     assert watched == alone
+
+
+def test_training_does_not_notice_that_captions_are_read(run_dir, shards):
+    watch = evaluation(at_start=False)
+    watch._evaluate = lambda *_, **__: pytest.fail("nothing is evaluated before the first step")
+    trainer = make_trainer(run_dir, [watch, RecorderCallback()])
+    trainer.datamodule = LongCaptionDataModule(scenes=shards, global_batch_size=6)
+    trainer.datamodule.setup("fit")
+    module = build_module(model_settings(text={"token_budget": 160}))
+    before = torch.get_rng_state()
+    watch._check(trainer, module)
+    assert len(watch._rows) == 5
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_nothing_of_it_is_in_the_module(run_dir, shards):
@@ -137,6 +168,36 @@ def test_a_note_is_said_once(run_dir, shards, caplog):
     with caplog.at_level(logging.WARNING):
         fit(run_dir, shards, [evaluation(), RecorderCallback()])
     assert [record.getMessage() for record in caplog.records].count("look at this") == 1
+
+
+class Absent(Recorder):
+    """Its network is not there."""
+
+    def start(self, setting):
+        raise DataError("expected a file of weights; got none")
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_what_is_missing_is_found_before_the_first_batch(run_dir, shards, stage):
+    class AbsentCallback(RecorderCallback):
+        def make_metrics(self, trainer, pl_module):
+            return [Absent()]
+
+        def on_train_batch_start(self, *_):
+            pytest.fail("a batch has been trained on")
+
+        on_validation_batch_start = on_test_batch_start = on_train_batch_start
+
+    trainer = make_trainer(run_dir, [evaluation(at_start=False), AbsentCallback()])
+    module = build_module(model_settings(text={"token_budget": 160}))
+    data = LongCaptionDataModule(scenes=shards, global_batch_size=6)
+    with pytest.raises(DataError, match="expected a file of weights"):
+        getattr(trainer, stage)(module, datamodule=data)
+
+
+def test_a_second_evaluation_is_refused(run_dir, shards):
+    with pytest.raises(ConfigError, match=r"expected one `.*ImageEvaluation`.* got 2\."):
+        fit(run_dir, shards, [evaluation(), evaluation(eval_seed=2), RecorderCallback()])
 
 
 def test_a_metric_without_images_is_refused(run_dir, shards):

@@ -177,4 +177,6 @@ def test_images_that_are_all_nan_end_the_command(run_dir, shards):
 
 def test_images_outside_their_range_end_the_command(run_dir, shards):
     with pytest.raises(DataError, match=r"expected images in \[0, 1\] from the model; got 2"):
-        run_test(run_dir, shards, Stubborn(value=2.0))
+        run_test(run_dir, shards, Stubborn(value=2.0), EvaluationReport(num_pictures=0))
+    result = json.loads((run_dir / "evaluation" / "test" / "result.json").read_text())
+    assert len(result["failures"]) == 12

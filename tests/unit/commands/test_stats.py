@@ -8,7 +8,7 @@ import main
 from segalign.commands.stats import read_extractor
 from segalign.errors import ConfigError
 from segalign.metrics.extractors.tiny import TinyExtractor
-from segalign.metrics.reference import load_reference
+from segalign.metrics.reference_files import load_reference
 
 
 def run(*argv):
@@ -68,6 +68,14 @@ def test_a_file_can_be_named(shards, tmp_path, capsys):
     assert error.count("\n") == 1
     assert run("compute", shards, *TINY, "--count", "4", "--out", out) == 65
     assert "expected reference statistics with features of each image" in capsys.readouterr().err
+
+
+def test_the_grid_can_be_coarser(shards, tmp_path, capsys):
+    out = tmp_path / "real.safetensors"
+    assert run("compute", shards, *TINY, "--grid_bits", "9", "--out", out) == 0
+    assert load_reference(out).statistics.grid_bits == 9
+    assert run("compute", shards, *TINY, "--out", out) == 65
+    assert "`grid_bits` is 12 in one and 9 in the other" in capsys.readouterr().err
 
 
 def test_samples_that_are_left_out_are_named(shards, capsys):

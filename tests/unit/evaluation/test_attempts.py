@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from segalign.errors import ConfigError, NonFiniteError
+from segalign.errors import ConfigError, DataError, NonFiniteError
 from segalign.evaluation.attempts import Failure, attempt
 
 
@@ -22,7 +22,7 @@ class Picky:
             raise self.error
         rows = zip(sample_ids, eval_seed, range(len(captions)), strict=True)
         values = torch.tensor([0.1 * i + 0.01 * s + 0.001 * place for i, s, place in rows])
-        return (values + (weights == "ema")).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        return (values + 0.3 * (weights == "ema")).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
 
 
 def test_a_micro_batch_that_works_is_made_once():
@@ -71,7 +71,7 @@ def test_a_sharded_model_is_asked_once(caplog):
 
 @pytest.mark.parametrize(
     "error",
-    [KeyboardInterrupt(), SystemExit(3), ConfigError("x"), NonFiniteError("x"),
+    [KeyboardInterrupt(), SystemExit(3), ConfigError("x"),
      torch.AcceleratorError("the device is lost", 1)],
 )  # fmt: skip
 def test_what_every_caption_would_meet_is_raised(error):
@@ -80,6 +80,53 @@ def test_what_every_caption_would_meet_is_raised(error):
         attempt(generator, ["a", "bad"], [1, 2], [3, 4])
     assert raised.value is error
     assert generator.sizes == [2]
+
+
+@pytest.mark.parametrize("error", [DataError("x"), NonFiniteError("x")])
+def test_errors_that_are_of_one_caption_are_borne(error):
+    images, failures = attempt(Picky(error), ["a", "bad"], [1, 2], [3, 4])
+    assert failures == [Failure(1, type(error).__name__, "x")]
+    assert images is not None
+    assert images[0].isfinite().all()
+
+
+class Loud(Picky):
+    """Leaves [0, 1] for some captions."""
+
+    def generate(self, captions, sample_ids, eval_seed, weights="raw"):
+        images = super().generate(captions, sample_ids, eval_seed, weights).clone()
+        for row, caption in enumerate(captions):
+            images[row, 0, 0, 0] += {"loud": 2.0, "lost": torch.nan}.get(caption, 0.0)
+        return images
+
+
+@pytest.mark.parametrize("others", [["a", "b"], ["a", "bad"]])
+def test_an_image_that_leaves_its_range_has_failed(others):
+    images, failures = attempt(Loud(), ["loud", *others, "lost"], [1, 2, 3, 4], [0] * 4)
+    assert [failure.row for failure in failures] == [0, 2][: 1 + ("bad" in others)]
+    assert failures[0].error == "DataError"
+    assert "expected images in [0, 1] from the model; got 0.1 to 2.1" in failures[0].message
+    assert images is not None
+    assert images[0].isnan().all()
+    assert images[1].isfinite().all()
+    # Not finite is another matter, which is counted elsewhere.
+    assert images[3].isnan().sum() == 1
+
+
+def test_no_image_is_left_where_all_leave_their_range():
+    images, failures = attempt(Loud(), ["loud", "loud"], [1, 2], [0, 0])
+    assert images is None
+    assert [failure.row for failure in failures] == [0, 1]
+
+
+def test_what_is_no_image_has_failed():
+    class Wrong(Picky):
+        def generate(self, captions, sample_ids, eval_seed, weights="raw"):
+            return torch.zeros(len(captions), 3, 2, 2, dtype=torch.uint8)
+
+    images, failures = attempt(Wrong(), ["a"], [1], [3])
+    assert images is None
+    assert "expected float images" in failures[0].message
 
 
 @pytest.mark.parametrize(

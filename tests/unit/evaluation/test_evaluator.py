@@ -6,7 +6,8 @@ import torch
 from toy_evaluation import Recorder, ToyGenerator, setting_of
 
 from segalign.errors import ConfigError, DataError
-from segalign.evaluation.evaluator import Evaluator, image_seed, to_pixels
+from segalign.evaluation.evaluator import Evaluator, image_seed
+from segalign.evaluation.pixels import to_pixels
 from segalign.evaluation.start_images import StartImages
 
 
@@ -100,6 +101,31 @@ def test_a_caption_that_cannot_be_drawn_is_noted_and_the_others_are_made():
     assert torch.equal(recorder.batches[0].pixels[[0, 1, 3]], expected[[0, 1, 3]])
 
 
+class TooBright(ToyGenerator):
+    """Leaves [0, 1] for one of the captions."""
+
+    def generate(self, captions, *rest):
+        images = super().generate(captions, *rest)
+        images[[caption == "caption 2" for caption in captions]] += 1
+        return images
+
+
+def test_an_image_outside_its_range_is_noted_and_the_others_count():
+    recorder = Recorder()
+    outcome = Evaluator(setting_of(), [recorder], bears_failures=True).run(TooBright())
+    (failure,) = outcome.failures
+    assert failure.place == 2
+    assert "DataError: expected images in [0, 1]" in failure.error
+    assert (outcome.num_counted, outcome.num_non_finite) == (4, 0)
+    assert recorder.batches[0].counted.tolist() == [True, True, False, True]
+    assert recorder.batches[0].pixels[2].eq(0).all()
+
+
+def test_a_training_ends_at_an_image_outside_its_range():
+    with pytest.raises(DataError, match=r"expected images in \[0, 1\]"):
+        evaluate(TooBright())
+
+
 def test_a_batch_of_which_nothing_can_be_drawn_is_passed_over():
     recorder = Recorder()
     evaluator = Evaluator(setting_of(3, batch_size=1), [recorder], bears_failures=True)
@@ -191,6 +217,13 @@ def test_a_start_of_other_images_is_none(tmp_path, changed):
     assert not start.is_of(setting_of())
     evaluate(start=start, keep=True)
     assert not start.is_of(setting_of(**changed))
+
+
+def test_a_start_that_was_made_in_another_way_is_none(tmp_path):
+    start = StartImages(tmp_path / "start", "10 steps")
+    evaluate(start=start, keep=True)
+    assert StartImages(tmp_path / "start", "10 steps").is_of(setting_of())
+    assert not StartImages(tmp_path / "start", "3 steps").is_of(setting_of())
 
 
 def test_a_start_that_is_not_whole_is_none(tmp_path):

@@ -63,6 +63,19 @@ def test_rewards_are_told_apart():
     }  # fmt: skip
 
 
+def test_a_reward_that_is_called_like_a_metric_has_a_column_of_its_own():
+    values = {
+        "denscore/hps": 20.0, "reward/Denscore": 0.1, "reward/FID": 0.2, "reward/model": 0.3,
+        "reward/images": 0.4, "reward/vendi": 0.5,
+    }  # fmt: skip
+    named = {"alignment": MetricResult(values=values, protocol={}), "vendi": OTHERS["vendi"]}
+    result = result_of(metrics={**named, "fid": result_of().metrics["fid"]})
+    assert headline(result) == {
+        "FID": 20.125, "Denscore": 20.0, "reward/Denscore": 0.1, "reward/FID": 0.2,
+        "reward/model": 0.3, "reward/images": 0.4, "vendi": 0.5, "vendi (2)": 3.25,
+    }  # fmt: skip
+
+
 def test_missing_images_are_shown():
     header, _, *rows = cells(compare([result_of(), result_of(num_counted=3)]).to_markdown())
     assert header[:2] == ["model", "images"]

@@ -101,8 +101,8 @@ def test_protocols_say_what_was_measured():
         KernelImageMetric("kid", ToySource(ToyExtractor()), Reference(16)),
     ]
     fid, score, kid = (findings.protocol for findings in evaluate(*metrics, bad=[3]))
-    counts = [(one.get("num_real"), one["num_generated"]) for one in (fid, score, kid)]
-    assert counts == [(16, COUNT - 1), (None, COUNT - 1), (16, COUNT - 1)]
+    counts = [(one.get("num_real"), one.get("num_generated")) for one in (fid, score, kid)]
+    assert counts == [(16, COUNT - 1), (None, COUNT - 1), (16, None)]
     assert all(one["extractor"] == ToyExtractor().protocol() for one in (fid, score, kid))
     assert fid["grid_bits"] == 10
     assert fid["reference"]["images"] == {"count": 16}
@@ -132,10 +132,49 @@ def test_few_images_are_refused_before_the_start_or_noted():
         )
 
 
-def test_images_that_failed_can_leave_too_few():
-    metric = FrechetImageMetric("fid", ToySource(ToyExtractor()), Reference())
-    with pytest.raises(DataError, match="got 4; add images"):
-        evaluate(metric, bad=range(16))
+def test_where_images_that_failed_leave_too_few_a_note_stands_for_the_value():
+    source = ToySource(ToyExtractor())
+    fid, kid, score = evaluate(
+        FrechetImageMetric("fid", source, Reference()),
+        KernelImageMetric("kid", source, Reference(), num_subsets=2, subset_size=5),
+        InceptionScoreImageMetric("is", source),
+        bad=range(16),
+    )
+    assert (fid.values, kid.values) == ({}, {})
+    (note,) = fid.notes
+    assert note.startswith("fid: expected more generated images than features (4), so that")
+    assert note.endswith("got 4; so there is no value; add images, or set `allow_few_images: true`")
+    assert fid.protocol["num_generated"] == 4
+    assert kid.notes[0].startswith("kid: no value; expected at least 5 images on each side")
+    assert {*score.values} == {"is", "is_std"}
+
+
+def test_a_distance_of_few_images_needs_two_on_each_side():
+    source = ToySource(ToyExtractor())
+    few = FrechetImageMetric("fid", source, Reference(), allow_few_images=True)
+    (findings,) = evaluate(few, bad=range(18))
+    assert [*findings.values] == ["fid"]
+    (findings,) = evaluate(few, bad=range(19))
+    assert findings.values == {}
+    assert findings.notes[0].endswith("got 1; so there is no value; add images")
+    (findings,) = evaluate(few)
+    assert findings.notes == []
+
+
+def test_a_lost_image_changes_the_protocol_of_what_depends_on_the_number_alone():
+    source = ToySource(ToyExtractor())
+
+    def protocols(**lost):
+        metrics = [
+            KernelImageMetric("kid", source, Reference()),
+            KernelImageMetric("biased", source, Reference(), estimator="biased"),
+            FrechetImageMetric("fid", source, Reference()),
+            InceptionScoreImageMetric("is", source),
+        ]
+        return [findings.protocol for findings in evaluate(*metrics, **lost)]
+
+    changed = [one != other for one, other in zip(protocols(), protocols(bad=[3]), strict=True)]
+    assert changed == [False, True, True, True]
 
 
 def test_a_reference_of_another_extractor_is_refused():

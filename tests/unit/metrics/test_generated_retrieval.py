@@ -55,6 +55,16 @@ def test_galleries_and_images_that_do_not_count(reward):
     assert "retrieval/r_at_5" not in found.values  # every image is among five of four
     assert (found.protocol["gallery_size"], found.protocol["num_galleries"]) == (4, 2)
     assert "3 images of a last gallery" in found.notes[1]
+    assert found.protocol["missing_captions"] == [2]
+
+
+def test_galleries_that_have_moved_up_are_another_protocol(reward):
+    lost = ((), {4}, {6}, {5})  # nothing, a first image, another one, and a second image
+    protocols = [
+        measure(GeneratedRetrieval(reward, 4), alignment_setting(12), lost=one).protocol
+        for one in lost
+    ]
+    assert protocols[0] == protocols[3] != protocols[1] != protocols[2] != protocols[0]
 
 
 def test_too_few_images_that_count_are_told(reward):

@@ -70,7 +70,47 @@ def test_means_are_those_of_all_pairs(per_caption):
     else:
         within = mean_over_pairs(features, per_caption, is_same=True)
         assert findings.values["same_prompt_similarity"] == pytest.approx(within, abs=1e-10)
-    assert findings.protocol["num_images"] == 6
+
+
+class Spoilt:
+    """An extractor that fails for some images."""
+
+    def __init__(self, value: float, rows):
+        self.value, self.rows = value, list(rows)
+
+    def load(self):
+        return self
+
+    def to(self, device):
+        return self
+
+    def protocol(self):
+        return {"name": "spoilt"}
+
+    def __call__(self, pixels):
+        found = TinyExtractor().load()(pixels)
+        bad = (pixels.flatten(1)[:, None] == draw_pixels()[self.rows].flatten(1)).all(-1).any(1)
+        found.features[bad, 0] = self.value
+        return found
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_left_out_and_noted(value):
+    setting = setting_with_captions(2)
+    findings = measure(ImageSimilarity(Spoilt(value, [0, 2, 5])), setting)
+    lost = [i not in (0, 2, 5) and counted for i, counted in enumerate(COUNTED)]
+    sound = measure(ImageSimilarity(Spoilt(value, [])), setting, lost)
+    assert findings.values == sound.values
+    assert abs(findings.values["cross_prompt_similarity"]) <= 1
+    # One of the three was not to count at all.
+    assert findings.notes == [
+        "image_similarity: 2 images are left out, whose features are not finite"
+    ]
+    assert sound.notes == []
+    fewer = measure(ImageSimilarity(Spoilt(value, [])), setting)
+    assert findings.protocol == sound.protocol == fewer.protocol
+    nothing = measure(ImageSimilarity(Spoilt(value, range(8))), setting)
+    assert nothing.values == {}
 
 
 def test_images_of_one_caption_have_no_others():

@@ -17,8 +17,10 @@ from segalign.data.loaders import open_shards
 from segalign.data.manifest import index_shards
 from segalign.data.verify import verify_shards
 from segalign.errors import ConfigError, DataError, StorageError
-from segalign.metrics.reference import ReferenceImages, load_reference
+from segalign.metrics.extractors.protocol import Features
+from segalign.metrics.reference import ReferenceImages
 from segalign.metrics.reference_computing import ReferenceSettings, compute_reference
+from segalign.metrics.reference_files import load_reference
 
 COUNT = 11
 BAD = {"00003": "image_unreadable", "00007": "caption_empty"}
@@ -249,7 +251,58 @@ def test_a_file_can_be_named_instead(shards, tmp_path):
         ReferenceImages(str(tmp_path / "x.safetensors")).statistics(ToyExtractor(), setting_of())
 
 
-@pytest.mark.parametrize("name", ["image_size", "count", "batch_size"])
+def test_they_are_read_once_a_run(shards, monkeypatch):
+    reference(shards).statistics(ToyExtractor(), setting_of())
+    path = only_file(shards / "statistics")
+    for again in (reference(shards), ReferenceImages(str(path))):
+        setting, read = setting_of(), []
+        monkeypatch.setattr(
+            "segalign.metrics.reference.load_reference",
+            lambda path, read=read: read.append(path) or load_reference(path),
+        )
+        first = again.statistics(ToyExtractor(), setting)
+        assert again.statistics(ToyExtractor(), setting) is first
+        twin = ReferenceImages(**vars(again))
+        assert twin.statistics(ToyExtractor(), setting) is first
+        assert read == [path]
+        with pytest.raises(DataError, match="`weights`"):
+            ReferenceImages(str(path)).statistics(ToyExtractor("others"), setting)
+    fewer = reference(shards, count=5).statistics(ToyExtractor(), setting)
+    assert fewer.statistics.num_samples < first.statistics.num_samples
+
+
+def test_rows_are_held_for_those_alone_who_need_them(shards):
+    reference(shards).statistics(ToyExtractor(), setting_of())
+    path, setting = only_file(shards / "statistics"), setting_of()
+    for place in (shards, path):
+        found = [
+            reference(place, keep_rows=keep).statistics(ToyExtractor(), setting)
+            for keep in (False, True)
+        ]
+        assert [one.rows is None for one in found] == [True, False]
+        assert found[0].protocol == found[1].protocol
+
+
+def test_a_coarser_grid_has_room_for_larger_features(shards, tmp_path):
+    class Large(ToyExtractor):
+        def __call__(self, pixels):
+            features, logits = super().__call__(pixels)
+            return Features(features * 2.0**14, logits)
+
+    with pytest.raises(DataError, match=r"on a grid of 2\^-12; lower `grid_bits` of the ref"):
+        reference(shards).statistics(Large(), setting_of())
+    found = reference(shards, grid_bits=4).statistics(Large(), setting_of())
+    assert found.statistics.grid_bits == 4
+    mean = 2.0**14 * expected_rows().double().mean(0)
+    torch.testing.assert_close(found.statistics.mean(), mean, rtol=0, atol=2**-4)
+    extractor = Large()
+    reference(shards, grid_bits=4).statistics(extractor, setting_of())
+    assert not extractor.shapes
+    reference(shards, grid_bits=5).statistics(extractor, setting_of())
+    assert extractor.shapes
+
+
+@pytest.mark.parametrize("name", ["image_size", "count", "batch_size", "grid_bits"])
 def test_numbers_are_checked_when_the_config_is_read(name):
     with pytest.raises(ConfigError, match=rf"expected `{name}` of reference images"):
         ReferenceImages("nowhere", **{name: 0})

@@ -8,8 +8,9 @@ from toy_evaluation import rows_of, setting_of
 from toy_scorer import toy_caption, toy_scorer
 
 from segalign.evaluation.image_metric import ImageBatch
-from segalign.metrics.fixed_directions import clip_rewards
+from segalign.metrics.fixed_directions import clip_rewards, held_directions
 from segalign.metrics.reward_means import RewardMetric
+from segalign.metrics.reward_protocol import reward_protocol
 from segalign.rewards.batch_directions import BatchDirection, EmaDirection
 from segalign.rewards.clip_reward import ClipReward
 from segalign.rewards.mixture import RewardMixture, WeightedReward
@@ -36,6 +37,7 @@ def test_means_leave_out_what_does_not_count_and_what_has_no_score():
     findings = metric.finish()
     assert findings.values == {"monitor/reward": 6.0, "monitor/held_out/dark": -4.0}
     assert findings.per_image["monitor/reward"] == [4.0, 8.0, None]
+    assert findings.protocol == {"metric": "rewards", "rewards": {}}
     dark = findings.per_image["monitor/held_out/dark"]
     assert dark[0] == -4.0
     assert math.isnan(dark[1])
@@ -109,3 +111,13 @@ def test_rewards_are_found_in_mixtures():
     )
     found = clip_rewards({"reward": mixture, "held_out/x": two, "held_out/y": lambda i, c: i})
     assert found == {"reward.networks.text": one, "held_out/x": two}
+
+
+def test_a_direction_that_is_held_is_told_by_its_values():
+    reward = ClipReward(toy_scorer()._parts, common_direction=EmaDirection(), omega=0.3).eval()
+    one, other = (torch.eye(12, dtype=torch.float64)[number] for number in (0, 1))
+    told = []
+    for direction in (one, other, one.clone()):
+        with held_directions({reward: direction}):
+            told.append(reward_protocol(reward)["common_direction"])
+    assert told[0] == told[2] != told[1]
