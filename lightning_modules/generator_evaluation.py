@@ -30,7 +30,8 @@ class GeneratorEvaluation(pl.LightningModule):
         source: A run, a checkpoint (``RUN/checkpoints/best`` too), a folder of ``main.py export
             --format diffusers``, a folder of diffusers, or a hub id such as
             ``PixArt-alpha/PixArt-XL-2-512x512``. Pipelines are read from safetensors alone, without
-            code of their own, and without safety checker and watermark.
+            code of their own, and without safety checker and watermark. A name that begins with
+            ``runs/``, ``models/``, ``exported/`` or ``data/`` is a folder's, never a hub id.
         weights: ``raw`` or ``ema`` of a run; null takes the averaged ones where the run keeps them.
         dtype: Precision; null is that of the weights of a run or exported folder, and float32 for
             pipelines. Autocast of ``trainer.precision`` is not used.
@@ -38,9 +39,9 @@ class GeneratorEvaluation(pl.LightningModule):
             settings below.
         num_inference_steps: Steps.
         guidance_scale: Factor of classifier-free guidance; 1 is off.
-        height: Pixels; for pipelines.
+        height: Pixels, given together with ``width`` or not at all; for pipelines.
         width: Pixels; for pipelines.
-        negative_prompt: What images shall not show; for pipelines.
+        negative_prompt: What images shall not show; for pipelines with guidance.
         prior: Folder or hub id of the first stage, where ``source`` is a folder with the second
             alone, as of Kandinsky 2.2; for pipelines.
         arguments: Other arguments that the pipeline's call takes, plain values.

@@ -41,6 +41,7 @@ def attempt(
     weights: Weights = "raw",
     *,
     can_retry: bool = True,
+    is_first: bool = False,
 ) -> tuple[Tensor | None, list[Failure]]:
     """Make a micro-batch; if that fails, make its rows one at a time.
 
@@ -56,6 +57,8 @@ def attempt(
         weights: The weights that make them.
         can_retry: False where making an image needs other ranks, as with sharded models: these
             would not make the further attempts, so the first failure is raised.
+        is_first: Take an error that all rows, of 2 captions or more, raise in the same words for
+            one of the settings, and give up.
 
     Returns:
         Images ``(B, 3, H, W)`` in [0, 1], NaN in rows that fail alone, or None if all do; and the
@@ -88,6 +91,8 @@ def attempt(
         except Exception as error:  # noqa: BLE001 - whatever a pipeline raises is recorded
             _raise_if_general(error, len(rows))
             failures.append(_describe(place, error))
+    if is_first and not made and len(set(captions)) > 1:
+        _raise_if_same(failures)
     return _without_strays(made, failures, len(rows))
 
 
@@ -119,6 +124,21 @@ def _raise_if_general(error: Exception, batch_size: int) -> None:
         ) from error
     if isinstance(error, ConfigError | torch.AcceleratorError):
         raise error
+
+
+def _raise_if_same(failures: Sequence[Failure]) -> None:
+    """Raise what all rows fail with, where that is one thing.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    first = failures[0]
+    if all((one.error, one.message) == (first.error, first.message) for one in failures):
+        text = f"{first.error}: {first.message}".rstrip(":. ")
+        raise ConfigError(
+            f"expected a model that makes images of at least some captions; all {len(failures)} of "
+            f"the first micro-batch have failed with {text}; correct the settings of the model"
+        )
 
 
 def _is_cpu_memory(error: Exception) -> bool:

@@ -62,7 +62,8 @@ class Evaluator:
         metrics: Who looks; their names differ.
         start: Images of the model before training, if they were kept.
         bears_failures: Note images that the model raises an error for, or that leave [0, 1], and go
-            on with the others; impossible where images are made by several ranks together.
+            on with the others; impossible where images are made by several ranks together. What
+            all of a rank's first micro-batch fail with in the same words is not borne.
 
     Raises:
         ConfigError: If two metrics have one name.
@@ -107,7 +108,8 @@ class Evaluator:
             keep_as_start: Store the images as those of the start.
 
         Raises:
-            ConfigError: If a metric cannot measure this evaluation; nothing is made then.
+            ConfigError: If a metric cannot measure this evaluation; nothing is made then. If a
+                setting of the model lets every caption fail.
             DataError: If images leave [0, 1] and that is not borne, or something a metric needs is
                 missing.
             SegalignError: If a library has failed on another rank.
@@ -141,8 +143,8 @@ class Evaluator:
     ) -> "_Counts":
         """Show all of this rank's images to the metrics, and count them."""
         counts = _Counts()
-        for planned in self.setting.plan.batches(own_rank(), world_size()):
-            images = self._make(generator, planned, counts)
+        for turn, planned in enumerate(self.setting.plan.batches(own_rank(), world_size())):
+            images = self._make(generator, planned, counts, is_first=turn == 0)
             self._clock.lap("making")
             if images is not None:
                 self._show(images, planned, counts, keep_as_start=keep_as_start)
@@ -172,7 +174,7 @@ class Evaluator:
         together(lambda: start.finish(self.setting) if own_rank() == 0 else None)
 
     def _make(
-        self, generator: ImageGenerator, planned: PlannedBatch, counts: "_Counts"
+        self, generator: ImageGenerator, planned: PlannedBatch, counts: "_Counts", *, is_first: bool
     ) -> Tensor | None:
         """Make a micro-batch; None, or NaN in rows, where that fails and failures are borne."""
         per_caption, seed = self.setting.plan.images_per_caption, self.setting.eval_seed
@@ -186,7 +188,7 @@ class Evaluator:
         )
         if not self.bears_failures:
             return generator.generate(*wanted)
-        images, failures = attempt(generator, *wanted)
+        images, failures = attempt(generator, *wanted, is_first=is_first)
         for failure in failures:
             if planned.counted[failure.row]:
                 text = f"{failure.error}: {failure.message}".removesuffix(": ")

@@ -21,6 +21,7 @@ from segalign.diffusion.scheduler_sampler import (
 from segalign.errors import ConfigError
 from segalign.generation.opening import OpenedModel, RunLoader, open_model
 from segalign.generation.pipeline_call import CallSettings
+from segalign.generation.pipeline_files import names_missing_folder
 from segalign.generation.pipeline_generator import PipelineGenerator
 from segalign.run_directory import BEST_NAME, resolve_checkpoint
 
@@ -61,7 +62,7 @@ class GeneratorOptions:
         sampler: ``ddim``, ``euler``, ``unipc`` or ``dpmpp``.
         num_inference_steps: Steps.
         guidance_scale: Factor of classifier-free guidance; 1 is off.
-        height: Pixels; of pipelines alone.
+        height: Pixels, given together with ``width`` or not at all; of pipelines alone.
         width: Pixels; of pipelines alone.
         negative_prompt: What images shall not show; of pipelines alone.
         prior: Folder or hub id of the first of two stages; of pipelines alone.
@@ -143,14 +144,15 @@ def kind_of(source: str) -> Kind:
         return "pipeline"
     if path.is_dir() or (path.name == BEST_NAME and path.parent.is_dir()):
         return "run"
-    # `runs/name` would be a hub id, too, but for the folder `runs`.
-    is_local = source.startswith((".", "/", "~")) or path.parts[0] == "runs"
-    if source.count("/") == 1 and not is_local and not path.parent.is_dir():
+    is_path = names_missing_folder(source)
+    if source.count("/") == 1 and not is_path:
         return "pipeline"
+    why = ", which is the path of a folder, not a hub id" if is_path else ""
+    cure = ", or download the hub's model of this name and give its folder" if is_path else ""
     raise ConfigError(
         f"expected `{_OPTION}` to be a run, a checkpoint such as `RUN/checkpoints/best`, a folder "
         f"of `main.py export` or of diffusers, or a hub id `owner/name`; found nothing at "
-        f"`{source}`. Correct it."
+        f"`{source}`{why}. Correct it{cure}."
     )
 
 

@@ -36,7 +36,7 @@ class CallSettings:
     Attributes:
         num_inference_steps: Steps.
         guidance_scale: Factor of classifier-free guidance.
-        height: Pixels.
+        height: Pixels, given together with ``width`` or not at all.
         width: Pixels.
         negative_prompt: What images shall not show, the same for all.
         arguments: Other arguments of the pipeline's call: numbers, strings, flags, lists of them.
@@ -59,18 +59,14 @@ def call_arguments(pipeline: DiffusionPipeline, settings: CallSettings) -> dict[
     """Check settings, and add the defaults of the pipeline that they leave.
 
     Raises:
-        ConfigError: If the pipeline does not make images of text alone, takes no such argument, or
-            an argument is not plain.
+        ConfigError: If the pipeline does not make images of text alone, takes no such argument,
+            would pay no heed to one, or an argument is not plain.
     """
     name = type(pipeline).__name__
     known = inspect.signature(type(pipeline).__call__).parameters
     _check_kind(name, known)
     _check_arguments(name, known, settings)
-    if settings.negative_prompt is not None and hasattr(pipeline, "prior_pipe"):
-        raise ConfigError(
-            f"expected no `negative_prompt` for `{name}`, whose first stage draws other noise with "
-            f"one; got `{settings.negative_prompt:.40}`. Leave it out."
-        )
+    _check_size(settings)
     defaults = {
         key: argument.default
         for key, argument in known.items()
@@ -79,7 +75,10 @@ def call_arguments(pipeline: DiffusionPipeline, settings: CallSettings) -> dict[
     if defaults.get("clean_caption"):
         # Else the pipeline would decide by what is installed, and say so at every batch.
         defaults["clean_caption"] = is_bs4_available() and is_ftfy_available()
-    return defaults | settings.given()
+    arguments = defaults | settings.given()
+    if settings.negative_prompt is not None:
+        _check_negative_prompt(pipeline, settings.negative_prompt, arguments)
+    return _without_eta(pipeline, arguments, is_given="eta" in settings.arguments)
 
 
 def _check_kind(name: str, known: Mapping[str, inspect.Parameter]) -> None:
@@ -120,6 +119,61 @@ def _check_arguments(
                 f"expected arguments that `{name}` takes; got `{key}`: {value!r:.40}. Remove it; "
                 f"besides steps, guidance and size there are: {takes}."
             )
+
+
+def _check_size(settings: CallSettings) -> None:
+    """Refuse half a size, in place of which pipelines take their own."""
+    if (settings.height is None) != (settings.width is None):
+        raise ConfigError(
+            f"expected both `height` and `width`, or neither; got {settings.height} and "
+            f"{settings.width}. Set both."
+        )
+
+
+def _check_negative_prompt(
+    pipeline: DiffusionPipeline, negative_prompt: str, arguments: Mapping[str, Any]
+) -> None:
+    name = type(pipeline).__name__
+    if hasattr(pipeline, "prior_pipe"):
+        raise ConfigError(
+            f"expected no `negative_prompt` for `{name}`, whose first stage draws other noise with "
+            f"one; got `{negative_prompt:.40}`. Leave it out."
+        )
+    # Where there are two scales, the other one is an input of the network.
+    scale = next((key for key in ("true_cfg_scale", "guidance_scale") if key in arguments), None)
+    if scale is not None and not _is_guided(pipeline, scale, arguments[scale]):
+        raise ConfigError(
+            f"expected a `{scale}` at which `{name}` is guided, as `negative_prompt` is not looked "
+            f"at without; got {arguments[scale]}. Raise it above 1, or leave `negative_prompt` out."
+        )
+
+
+def _is_guided(pipeline: DiffusionPipeline, name: str, scale: float) -> bool:
+    """Ask a pipeline whether it has classifier-free guidance at a scale; not all can say."""
+    if name != "guidance_scale":
+        return scale > 1
+    pipeline._guidance_scale = scale  # each call sets it
+    return bool(getattr(pipeline, "do_classifier_free_guidance", scale > 1))
+
+
+def _without_eta(
+    pipeline: DiffusionPipeline, arguments: dict[str, Any], *, is_given: bool
+) -> dict[str, Any]:
+    """Leave a default ``eta`` out where the scheduler takes none.
+
+    Raises:
+        ConfigError: If it is given, and would be passed over.
+    """
+    scheduler = pipeline.components.get("scheduler")
+    step = getattr(scheduler, "step", None)
+    if "eta" not in arguments or step is None or "eta" in inspect.signature(step).parameters:
+        return arguments
+    if is_given:
+        raise ConfigError(
+            f"expected no `eta` in `arguments`, which the scheduler `{type(scheduler).__name__}` "
+            f"does not take; got {arguments['eta']!r:.40}. Remove it, or choose another `sampler`."
+        )
+    return {name: value for name, value in arguments.items() if name != "eta"}
 
 
 def _is_set(default: Any) -> bool:

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import transformers
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, _get_task_class
 from huggingface_hub import ModelCard
 
 from segalign.diffusion.network_files import reading
 from segalign.diffusion.pipeline_folder import INDEX_FILE
 from segalign.errors import ConfigError
+from segalign.generation.pipeline_classes import part_class, pipeline_class
 from segalign.hub import fetch
 from segalign.run_directory import file_digest
 
@@ -31,6 +29,9 @@ _CARD = "README.md"
 _LEFT_OUT = ("safety_checker", "feature_extractor")
 _SWITCHED_OFF = {"requires_safety_checker": False, "add_watermarker": False}
 _PRIOR = "prior_"
+# How paths begin, and what this project's own folders are called: no hub id is meant by them.
+_PATHS = (".", "/", "~")
+_LOCAL_FOLDERS = ("runs", "models", "exported", "data")
 # What is loaded of a folder; further copies of weights, such as `model.fp16.safetensors`, are not.
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")
 _SETTINGS = {".json", ".txt", ".model"}
@@ -96,9 +97,10 @@ def find_pipeline(source: str, prior: str | None = None) -> PipelineFiles:
     Raises:
         ConfigError: If it is not there or not whole, if it needs code of its own, or makes no
             images of text.
+        DataError: If it names parts that are not loaded, such as ``AutoModel``.
     """
     folder, index = _open(source)
-    kind = _pipeline_class(source, index)
+    kind = pipeline_class(source, index.get("_class_name"))
     parts = _parts(source, index)
     indexes: tuple[Path, ...] = (folder / INDEX_FILE,)
     arguments = inspect.signature(kind).parameters
@@ -124,28 +126,30 @@ def find_pipeline(source: str, prior: str | None = None) -> PipelineFiles:
     )
 
 
+def names_missing_folder(source: str) -> bool:
+    """Tell a mistyped path from a hub id: else a stranger's model would be asked for.
+
+    Args:
+        source: Folder or hub id.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return False
+    is_beside_others = len(path.parts) > 1 and path.parent.is_dir()
+    return source.startswith(_PATHS) or path.parts[0] in _LOCAL_FOLDERS or is_beside_others
+
+
 def _open(source: str) -> tuple[Path, dict[str, Any]]:
     """Find a model's folder, and read what it is made of."""
+    if names_missing_folder(source):
+        raise ConfigError(
+            f"expected {WHAT} at `{source}`; there is no such folder, and by its beginning it is "
+            "no hub id. Correct it, or download the hub's model and give its folder."
+        )
     folder = fetch(source, what=WHAT, also=(_CARD,))
     with reading(f"{WHAT}'s `{INDEX_FILE}`", folder):
         index = dict(json.loads((folder / INDEX_FILE).read_bytes()))
     return folder, index
-
-
-def _pipeline_class(source: str, index: Mapping[str, Any]) -> type[DiffusionPipeline]:
-    """Choose the class that makes images of text with a model's parts."""
-    name = index.get("_class_name")
-    known = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(known, type) and issubclass(known, DiffusionPipeline)):
-        raise ConfigError(
-            f"expected a pipeline of diffusers {diffusers.__version__} in `{source}`; its "
-            f"`{INDEX_FILE}` names `{name}`; code that comes with a model is never run. "
-            "Choose another model."
-        )
-    # A decoder is led by its prior, and what edits images can also make them of text alone.
-    kind = _get_task_class(AUTO_TEXT2IMAGE_PIPELINES_MAPPING, name, throw_error_if_not_exist=False)
-    chosen: type[DiffusionPipeline] = kind or known
-    return chosen
 
 
 def _parts(source: str, index: Mapping[str, Any]) -> dict[str, PartFiles]:
@@ -155,23 +159,9 @@ def _parts(source: str, index: Mapping[str, Any]) -> dict[str, PartFiles]:
         for name, entry in index.items()
         if isinstance(entry, list) and len(entry) == 2 and entry[0] and name not in _LEFT_OUT
     }
-    kinds = {name: _part_class(source, name, *entry) for name, entry in named.items()}
+    kinds = {name: part_class(source, name, *entry) for name, entry in named.items()}
     folder = fetch(source, what=WHAT, parts=tuple(kinds))
     return {name: PartFiles(kind, folder / name) for name, kind in kinds.items()}
-
-
-def _part_class(source: str, part: str, library: Any, name: Any) -> type[Any]:
-    """Take a class of diffusers or transformers; nothing else is imported."""
-    libraries = {"diffusers": diffusers, "transformers": transformers}
-    module = libraries.get(library) or getattr(diffusers.pipelines, str(library), None)
-    kind = getattr(module, str(name), None)
-    if isinstance(kind, type) and kind.__module__.partition(".")[0] in libraries:
-        return kind
-    raise ConfigError(
-        f"expected parts of diffusers and transformers in `{source}`; its `{part}` is "
-        f"`{library}.{name}`, which they do not have; code that comes with a model is never run. "
-        "Choose another model."
-    )
 
 
 def _named_prior(source: str, folder: Path) -> str:

@@ -3,9 +3,10 @@
 Dims: B images, H/W pixels.
 """
 
+import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -31,9 +32,14 @@ class PipelineGenerator:
     """Makes images with a pipeline; an ``ImageGenerator``.
 
     All noise of an image, of every stage and step, is drawn on the CPU by a generator of its own,
-    seeded by ``counter_seed("generate", eval_seed, sample_id)``. So it does not depend on the
-    batch, the rank or the device. In float32 a pipeline of Stable Diffusion starts from the very
-    noise that runs and exported folders start from.
+    seeded by ``counter_seed("generate", eval_seed, sample_id)``. So the noise does not depend on
+    the batch, the rank or the device. Pixels are the same bits where the batch has the same shape
+    and the image the same place in it, on the same kind of device; else they are equal to rounding.
+    An evaluation keeps shape and place on any number of devices. In float32 a pipeline of Stable
+    Diffusion starts from the very noise that runs and exported folders start from.
+
+    Schedulers that draw noise by themselves, as ``DPMSolverSDEScheduler`` does, take no generator.
+    Their noise is seeded by all seeds and sample ids of the batch: it repeats with the same batch.
 
     Args:
         pipeline: The pipeline, in evaluation mode.
@@ -94,7 +100,8 @@ class PipelineGenerator:
         """Make images in [0, 1], ``(B, 3, H, W)``: see ``ImageGenerator``.
 
         Raises:
-            ConfigError: If averaged weights are asked for: a pipeline holds one set.
+            ConfigError: If averaged weights are asked for: a pipeline holds one set. If images
+                have another size than was asked for.
         """
         if weights != "raw":
             raise ConfigError(
@@ -108,7 +115,9 @@ class PipelineGenerator:
             torch.Generator().manual_seed(counter_seed("generate", seed, sample_id))
             for seed, sample_id in zip(seeds, sample_ids, strict=True)
         ]
-        with quiet_libraries(), torch.no_grad():
+        # Some schedulers draw noise of their own, and ask no generator.
+        own_seed = counter_seed("generate call", *seeds, *sample_ids)
+        with quiet_libraries(), torch.no_grad(), _seeded(self.pipeline.device, own_seed):
             # Not "pt", which leaves images of Kandinsky 2.2 in [-1, 1].
             images = self.pipeline(
                 prompt=list(captions),
@@ -117,7 +126,19 @@ class PipelineGenerator:
                 **self._call(len(captions)),
             ).images
         pixels = torch.as_tensor(images, dtype=torch.float32).permute(0, 3, 1, 2)
+        self._check_size(pixels)
         return pixels.contiguous().to(self.pipeline.device)
+
+    def _check_size(self, images: Tensor) -> None:
+        """Refuse images ``(B, 3, H, W)`` of another size than was asked for."""
+        wanted = (self._given.get("height"), self._given.get("width"))
+        found = tuple(images.shape[-2:])
+        if wanted not in ((None, None), found):
+            raise ConfigError(
+                f"expected images of {wanted[0]} x {wanted[1]} pixels of `{self.files.name}`, as "
+                f"`height` and `width` say; it makes {found[0]} x {found[1]}. Set a size that it "
+                "can make."
+            )
 
     def _call(self, batch_size: int) -> dict[str, Any]:
         """Return the arguments of a call: those that were given, and what is pinned."""
@@ -177,3 +198,15 @@ class PipelineGenerator:
             "safety_checker": False,
             "watermark": False,
         }
+
+
+@contextlib.contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed PyTorch's own generators, of the CPU and of one device, for the duration of a block."""
+    is_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if is_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if is_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

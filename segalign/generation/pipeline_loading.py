@@ -19,6 +19,7 @@ from segalign.diffusion.scheduler_sampler import SamplerName
 from segalign.errors import ConfigError
 from segalign.generation.pipeline_files import WHAT, PartFiles, PipelineFiles
 
+_ADAPTER = "adapter_config.json"
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -83,11 +84,25 @@ def _load(name: str, part: PartFiles, dtype: torch.dtype) -> Any:
     with reading(what, part.folder):
         if not issubclass(part.kind, nn.Module):
             return read(part.folder)
+        _refuse_adapter(what, part.folder)
         key = "dtype" if issubclass(part.kind, PreTrainedModel) else "torch_dtype"
         settings = {key: dtype, "use_safetensors": True, "output_loading_info": True}
         network, info = read(part.folder, **settings)
     check_whole(info, what, part.folder)
     return network.eval().requires_grad_(False)
+
+
+def _refuse_adapter(what: str, folder: Path) -> None:
+    """Refuse what transformers would load besides a network's own weights, also from a pickle.
+
+    Raises:
+        ConfigError: If there is an adapter beside the weights.
+    """
+    if (folder / _ADAPTER).exists():
+        raise ConfigError(
+            f"expected {what} at `{folder}` without an adapter; found `{_ADAPTER}`. Merge it into "
+            "the weights, or remove it."
+        )
 
 
 def _check_vocabulary(what: str, folder: Path) -> None:

@@ -55,6 +55,38 @@ def test_a_micro_batch_of_which_nothing_works_has_no_images():
     assert failures == [Failure(0, "RuntimeError", ""), Failure(1, "RuntimeError", "")]
 
 
+class Broken(Picky):
+    """Fails with every caption, in the same words."""
+
+    def generate(self, captions, sample_ids, eval_seed, weights="raw"):
+        raise ValueError("no `eat`\nand more")
+
+
+class Echoing(Picky):
+    """Fails with every caption, in words of its own."""
+
+    def generate(self, captions, sample_ids, eval_seed, weights="raw"):
+        raise ValueError(f"cannot make `{captions[0]}`")
+
+
+def test_what_all_of_the_first_micro_batch_fail_with_is_a_setting():
+    bad = Broken()
+    batch = (["a", "b"], [1, 2], [0, 0])
+    with pytest.raises(ConfigError, match=r"all 2 .* ValueError: no `eat`; correct") as raised:
+        attempt(bad, *batch, is_first=True)
+    assert "\n" not in str(raised.value)
+    # Later, or with one caption, or in other words, it may be the captions.
+    assert len(attempt(bad, *batch)[1]) == 2
+    assert len(attempt(bad, ["a", "a"], [1, 1], [0, 1], is_first=True)[1]) == 2
+    assert len(attempt(Echoing(), *batch, is_first=True)[1]) == 2
+
+
+def test_a_row_that_works_shows_that_settings_do():
+    images, failures = attempt(Picky(), ["bad", "a", "bad"], [1, 2, 3], [0] * 3, is_first=True)
+    assert images is not None
+    assert [failure.row for failure in failures] == [0, 2]
+
+
 def test_long_messages_are_cut():
     _, failures = attempt(Picky(KeyError("x" * 999)), ["bad"], [1], [0])
     assert len(failures[0].message) == 200

@@ -134,6 +134,27 @@ def test_a_batch_of_which_nothing_can_be_drawn_is_passed_over():
     assert [failure.place for failure in outcome.failures] == [2]
 
 
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_wrong_setting_ends_a_test_at_once_and_a_late_failure_does_not(first):
+    class Broken(ToyGenerator):
+        num_calls = 0
+
+        def generate(self, captions, *rest):
+            self.num_calls += 1
+            if int(captions[0].split()[-1]) >= first:
+                raise RuntimeError("no such argument")
+            return super().generate(captions, *rest)
+
+    broken = Broken()
+    evaluator = Evaluator(setting_of(6, batch_size=2), [Recorder()], bears_failures=True)
+    if first == 0:
+        with pytest.raises(ConfigError, match="RuntimeError: no such argument"):
+            evaluator.run(broken)
+        assert broken.num_calls == 3  # once together, and each alone
+    else:
+        assert [failure.place for failure in evaluator.run(broken).failures] == [2, 3, 4, 5]
+
+
 def test_a_training_ends_at_what_cannot_be_drawn():
     with pytest.raises(RuntimeError, match="no such thing"):
         evaluate(Refusing())

@@ -133,10 +133,21 @@ def test_names_say_what_is_meant(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert kind_of("owner/name") == "pipeline"
     (tmp_path / "owner").mkdir()
-    for missing in ("owner/name", "runs/name", "./owner/x", "name", str(tmp_path / "x" / "y")):
-        with pytest.raises(ConfigError, match="found nothing at") as raised:
-            kind_of(missing)
-        assert "\n" not in str(raised.value)
+    with pytest.raises(ConfigError, match=r"found nothing at `name`\. Correct it"):
+        kind_of("name")
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["owner/name", "runs/name", "models/longsd", "exported/x", "data/x", "./x", "../x/y", "/x/y"],
+)
+def test_a_mistyped_path_is_no_hub_id(missing, tmp_path, monkeypatch):
+    (tmp_path / "owner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    message = "found nothing at .* path of a folder, not a hub id.*download the hub's model of this"
+    with pytest.raises(ConfigError, match=message) as raised:
+        kind_of(missing)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):

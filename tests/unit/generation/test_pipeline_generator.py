@@ -11,9 +11,10 @@ import torch
 import toy_pipelines
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.utils import DummyObject
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from segalign.errors import ConfigError
+from segalign.errors import ConfigError, DataError
 from segalign.generation import pipeline_loading
 from segalign.generation.pipeline_call import CallSettings
 from segalign.generation.pipeline_files import find_pipeline
@@ -160,6 +161,94 @@ def test_settings_change_images_and_are_described(folders):
     assert wide.generate(CAPTIONS[:1], [0], 0).shape == (1, 3, 16, 32)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"height": 32}, "expected both `height` and `width`, or neither; got 32 and None"),
+        ({"width": 32}, "expected both `height` and `width`, or neither; got None and 32"),
+        ({"negative_prompt": "x", "guidance_scale": 1.0}, "a `guidance_scale` at which .* got 1.0"),
+        ({"arguments": {"eta": 0.5}}, "expected no `eta` in .* scheduler `PNDMScheduler` does not"),
+    ],
+)
+def test_settings_that_would_be_passed_over_are_refused(opened, settings, message):
+    generator = opened["stable_diffusion"]
+    with pytest.raises(ConfigError, match=message) as raised:
+        PipelineGenerator(generator.pipeline, CallSettings(**settings), generator.files)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_default_that_the_scheduler_does_not_take_is_not_described(opened, folders):
+    assert "eta" not in opened["stable_diffusion"].description()["arguments"]
+    settings = CallSettings(arguments={"eta": 0.5})
+    ddim = PipelineGenerator.load(str(folders / "stable_diffusion"), settings, sampler="ddim")
+    assert ddim.description()["arguments"]["eta"] == 0.5
+
+
+class OtherGuidance(StableDiffusionPipeline):
+    """Guided at every scale above zero, as some newer pipelines are."""
+
+    @property
+    def do_classifier_free_guidance(self):
+        return self._guidance_scale > 0
+
+
+class TwoScales(StableDiffusionPipeline):
+    """The network is told of one scale, and the other guides, as in Flux."""
+
+    def __call__(
+        self, prompt=None, negative_prompt=None, guidance_scale=3.5, true_cfg_scale=1.0,
+        generator=None, output_type=None,
+    ):  # fmt: skip
+        raise NotImplementedError
+
+
+def test_a_pipeline_says_whether_it_looks_at_a_negative_prompt(opened):
+    generator = opened["stable_diffusion"]
+    parts = {**generator.pipeline.components, "requires_safety_checker": False}
+    low = CallSettings(negative_prompt="x", guidance_scale=0.5)
+    made = PipelineGenerator(OtherGuidance(**parts), low, generator.files)
+    assert made.arguments["guidance_scale"] == 0.5
+    two = TwoScales(**parts)
+    with pytest.raises(ConfigError, match=r"a `true_cfg_scale` at which `TwoScales` .* got 1\.0"):
+        PipelineGenerator(two, CallSettings(negative_prompt="x"), generator.files)
+    guided = CallSettings(negative_prompt="x", arguments={"true_cfg_scale": 2.0})
+    assert PipelineGenerator(two, guided, generator.files).arguments["true_cfg_scale"] == 2.0
+
+
+def test_images_of_another_size_are_refused(opened):
+    generator = opened["kandinsky"]
+    arguments = {"prior_num_inference_steps": 2}
+    settings = CallSettings(num_inference_steps=2, height=17, width=16, arguments=arguments)
+    odd = PipelineGenerator(generator.pipeline, settings, generator.files)
+    with pytest.raises(ConfigError, match=r"images of 17 x 16 pixels of .* it makes [0-9]+ x 16"):
+        odd.generate(CAPTIONS[:1], [0], 0)
+
+
+class DrawingScheduler(DDIMScheduler):
+    """Draws noise and asks no generator, as ``DPMSolverSDEScheduler`` does."""
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        stepped = super().step(model_output, timestep, sample, return_dict=return_dict)
+        return (stepped[0] + 0.5 * torch.randn_like(stepped[0]), *stepped[1:])
+
+
+def test_noise_that_a_scheduler_draws_by_itself_repeats(folders):
+    generator = load(folders / "stable_diffusion", num_inference_steps=2)
+    scheduler = DrawingScheduler.from_config(generator.pipeline.scheduler.config)
+    generator.pipeline.scheduler = scheduler
+    torch.manual_seed(1)
+    images = generator.generate(CAPTIONS[:2], [5, 6], 3)
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1))
+    torch.manual_seed(2)
+    assert torch.equal(generator.generate(CAPTIONS[:2], [5, 6], [3, 3]), images)
+    for ids, eval_seed in (([5, 7], 3), ([5, 6], [3, 4])):
+        # The first row has the same noise of its own: only what the scheduler drew differs.
+        changed = generator.generate(CAPTIONS[:2], ids, eval_seed)[0]
+        assert (changed - images[0]).abs().max() > 1e-3
+
+
 def test_another_scheduler_keeps_the_noise_levels(folders):
     folder = folders / "stable_diffusion"
     changed = PipelineGenerator.load(str(folder), CallSettings(), sampler="ddim")
@@ -291,6 +380,50 @@ def test_code_of_a_model_is_never_run(copied, changes, message):
         load(copied)
     assert list(copied.rglob("ran")) == []
     assert "side_effect" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("part", "entry"),
+    [
+        ("text_encoder", ["transformers", "AutoModel"]),
+        ("text_encoder", ["diffusers", "AutoModel"]),
+        ("text_encoder", ["transformers", "TimmBackbone"]),  # reads weights in its own way
+        ("tokenizer", ["transformers", "AutoTokenizer"]),
+        ("unet", ["diffusers", "OnnxRuntimeModel"]),
+        ("unet", ["transformers", "Trainer"]),
+        ("image_encoder", ["diffusers", "DiffusionPipeline"]),
+        ("image_encoder", ["diffusers", "StableDiffusionPipeline"]),
+        ("text_encoder", [{"a": 1}, "x"]),
+        ("text_encoder", ["transformers", ["x"]]),
+    ],
+)
+def test_parts_of_other_kinds_are_refused_before_they_are_read(copied, part, entry):
+    shutil.rmtree(copied / part, ignore_errors=True)
+    edit_index(copied, **{part: entry})
+    with pytest.raises(DataError, match=f"`{part}`") as raised:
+        load(copied)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_part_that_needs_missing_packages_names_them(copied, monkeypatch):
+    kind = DummyObject("NeedyScheduler", (), {"_backends": ["torch", "torchsde"]})
+    kind.__module__ = "diffusers.utils"
+    monkeypatch.setattr("diffusers.NeedyScheduler", kind, raising=False)
+    edit_index(copied, scheduler=["diffusers", "NeedyScheduler"])
+    with pytest.raises(ConfigError, match="the packages `torch`, `torchsde`, which the part"):
+        load(copied)
+
+
+def test_adapters_beside_weights_are_refused(copied):
+    (copied / "text_encoder" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"`text_encoder` at .* without an adapter"):
+        load(copied)
+
+
+def test_a_prior_that_is_not_there_is_no_hub_id(folders, stages):
+    with pytest.raises(ConfigError, match=r"`models/prior`; there is no such folder") as raised:
+        find_pipeline(str(stages / "decoder"), "models/prior")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_missing_part_is_named(copied):
