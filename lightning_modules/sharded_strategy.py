@@ -1,6 +1,6 @@
 """FSDP2 for Lightning, with the same checkpoints as on one device."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -8,11 +8,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from segalign.errors import ConfigError
-from segalign.sharded_tensors import gathered_tree, sharded_like, sharded_optimizer_state
+from segalign.sharded_tensors import (
+    gathered_tree,
+    sharded_like,
+    sharded_optimizer_state,
+    weights_apart,
+)
 from segalign.trainable import trainable_state_dict
 
 
@@ -56,19 +61,16 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     @override
-    def setup(self, trainer: pl.Trainer) -> None:
-        """Refuse inference mode, whose tensors cannot be gathered.
-
-        Raises:
-            ConfigError: If evaluations would run in it.
-        """
-        loops = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
-        if any(loop.inference_mode for loop in loops):
-            raise ConfigError(
-                "expected `trainer.inference_mode: false` with sharded weights; got true; set it, "
-                "or layer configs/base/fsdp.yaml, which does"
-            )
-        super().setup(trainer)
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Step an optimizer, whole and sharded weights one after the other."""
+        with weights_apart(optimizer):
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

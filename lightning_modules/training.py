@@ -20,7 +20,7 @@ from lightning_modules.text_totals import TextTotals
 from segalign.diffusion.generator import Weights
 from segalign.ema import TrainableEMA
 from segalign.errors import ConfigError, NonFiniteError, SegalignError
-from segalign.gradients import average_gradients, clip_gradients
+from segalign.gradients import average_gradients, clip_gradient_values, clip_gradients
 from segalign.sharding import copy_from_first_rank, data_parallel_mesh, is_sharded
 from segalign.text.conditioning import TextReport
 from segalign.trainable import trainable_parameters
@@ -71,7 +71,7 @@ class TrainingModule(pl.LightningModule):
     @override
     def configure_callbacks(self) -> list[Any]:
         """Refuse strategies that this module cannot follow, before weights are read."""
-        check_strategy(self.trainer.strategy)
+        check_strategy(self.trainer)
         return []
 
     def shard(self, mesh: DeviceMesh) -> None:
@@ -85,14 +85,22 @@ class TrainingModule(pl.LightningModule):
         """End `configure_model`: under a strategy that shards, agree with other ranks, and shard.
 
         What is trained and not sharded is whole on every rank, as under DDP.
+
+        Raises:
+            ConfigError: If there is nothing to shard.
         """
         if self.device_mesh is None:
             return
         mesh = data_parallel_mesh(self.device_mesh)
+        self.shard(mesh)
+        if not is_sharded(self):
+            raise ConfigError(
+                "expected layers to share out over the ranks; got none that are trained; leave "
+                "configs/base/fsdp.yaml out, for configs/base/ddp.yaml"
+            )
         for part in self.children():
             if any(weight.requires_grad for weight in part.parameters()):
                 copy_from_first_rank(chain(part.parameters(), part.buffers()), mesh)
-        self.shard(mesh)
 
     @override
     def train(self, mode: bool = True) -> Self:
@@ -135,7 +143,8 @@ class TrainingModule(pl.LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Correct the gradient, unless a module that steps its optimizer itself has done so."""
-        if self.automatic_optimization and is_sharded(self):
+        # A strategy that shards leaves to the module what is whole, be it everything.
+        if self.automatic_optimization and self.device_mesh is not None:
             average_gradients(trainable_parameters(self).values())
         self.finish_reduction()
 
@@ -146,11 +155,14 @@ class TrainingModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm over all shards, where there are some."""
-        if gradient_clip_val and gradient_clip_algorithm != "value" and is_sharded(self):
-            clip_gradients(list(trainable_parameters(self).values()), gradient_clip_val)
+        """Clip by the norm over all shards, or by value, where the strategy shards."""
+        if self.device_mesh is None or not gradient_clip_val:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
             return
-        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        clip = clip_gradient_values if gradient_clip_algorithm == "value" else clip_gradients
+        clip(list(trainable_parameters(self).values()), gradient_clip_val)
 
     def finish_reduction(self) -> None:
         """Turn the mean over all samples into the mean over valid ones.

@@ -7,6 +7,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from segalign.sharded_tensors import local
+
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average ``.grad`` over all ranks, by one collective for each number type.
@@ -43,6 +45,18 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -
         for group in groups:
             clip_grads_with_norm_(group, max_norm, norm)
     return norm
+
+
+@torch.no_grad()
+def clip_gradient_values(parameters: Iterable[nn.Parameter], bound: float) -> None:
+    """Bound each element of ``.grad`` to [-bound, bound], in each rank's own shards.
+
+    Args:
+        parameters: The trained weights.
+        bound: Largest absolute value, above 0.
+    """
+    for gradient in _gradients(parameters):
+        local(gradient).clamp_(-bound, bound)
 
 
 def _by_sharding(parameters: Sequence[nn.Parameter]) -> list[Sequence[nn.Parameter]]:

@@ -1,6 +1,7 @@
 """Tensors that are sharded over ranks: made whole to be saved, and cut to be loaded."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -54,6 +55,35 @@ def sharded_like(tensor: Tensor, pattern: Tensor) -> Tensor:
 def copy_into(target: Tensor, source: Tensor) -> None:
     """Write a tensor, whole or cut alike, over one that may be sharded."""
     local(target).copy_(local(sharded_like(source, target)))
+
+
+@contextlib.contextmanager
+def weights_apart(optimizer: Optimizer) -> Iterator[None]:
+    """Part each group of an optimizer into whole and sharded weights, for a block of code: a step.
+
+    No operation takes both at once, as those of ``foreach``, CUDA's default, and ``fused`` do. In
+    between the groups are as they were made, for schedules and checkpoints to see.
+    """
+    groups = optimizer.param_groups
+    parts = [_parts(group) for group in groups]
+    optimizer.param_groups = [part for group in parts for part in group]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+        for group, own in zip(groups, parts, strict=True):
+            # What a step counts in its group, it counts in each part.
+            group.update({name: value for name, value in own[-1].items() if name != "params"})
+
+
+def _parts(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Part a group by how its weights lie; it comes back itself where they are alike."""
+    weights = group["params"]
+    whole = [weight for weight in weights if not isinstance(weight, DTensor)]
+    if len(whole) in (0, len(weights)):
+        return [group]
+    sharded = [weight for weight in weights if isinstance(weight, DTensor)]
+    return [{**group, "params": part} for part in (whole, sharded)]
 
 
 def sharded_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ never in inference mode. A sharded weight is a ``DTensor`` between the calls of 
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import cast
 
 import torch
@@ -13,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from segalign.errors import ConfigError
 
@@ -50,9 +52,10 @@ def shard_backbone(network: nn.Module, mesh: DeviceMesh) -> None:
     Args:
         network: A network of diffusers, transformers or ``open_clip``, in its final precision,
             with its adapters, and with ``requires_grad`` set.
-        mesh: The ranks, one-dimensional.
+        mesh: The ranks, one-dimensional. The first one's weights and buffers become those of all.
     """
     names = _block_names(network)
+    _copy_module(network, mesh)
     _shard([*_blocks(network, names), network], mesh)
 
 
@@ -64,7 +67,7 @@ def shard_trained_layers(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
 
     Args:
         model: A model of two towers, of transformers or ``open_clip``.
-        mesh: The ranks, one-dimensional.
+        mesh: The ranks, one-dimensional. The first one's layers become those of all.
 
     Returns:
         The stacks of layers that are sharded.
@@ -72,6 +75,7 @@ def shard_trained_layers(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     names = _block_names(model)
     stacks = [module for module in model.modules() if _is_trained_stack(module, names)]
     for stack in stacks:
+        _copy_module(stack, mesh)
         _shard([*_blocks(stack, names), stack], mesh)
     return stacks
 
@@ -101,13 +105,20 @@ def kept_whole(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def copy_from_first_rank(tensors: Iterable[Tensor], mesh: DeviceMesh) -> None:
-    """Give all ranks the first one's weights, as DDP does, lest shards of different models meet."""
+    """Give all ranks the first one's tensors, as DDP does; sharded ones are left alone."""
     group = mesh.get_group()
     first = distributed.get_global_rank(group, 0)
     for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            continue
         sent = tensor.detach().to(mesh.device_type).contiguous()
         distributed.broadcast(sent, first, group=group)
         tensor.copy_(sent)
+
+
+def _copy_module(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Copy a module from the first rank, lest shards of different models meet."""
+    copy_from_first_rank(chain(module.parameters(), module.buffers()), mesh)
 
 
 def _block_names(network: nn.Module) -> frozenset[str]:

@@ -70,7 +70,7 @@ class OpenRollout:
 
     Args:
         denoise: ``(latents (B, c, h, w), timestep) -> guided output (B, c, h, w)``.
-        forget: Gives the memory of merged weights and known texts back.
+        forget: Gives the memory of merged weights, known texts and gathered weights back.
     """
 
     def __init__(self, denoise: Denoiser, forget: Callable[[], None]) -> None:
@@ -139,12 +139,13 @@ class Rollout:
             raise RuntimeError("expected one rollout at a time; another is open; leave it first")
         self._is_open = True
         try:
-            with kept_whole(self._generator.unet):
+            with contextlib.ExitStack() as held:
+                held.callback(self._forget)
+                held.enter_context(kept_whole(self._generator.unet))
                 # Nothing here holds on to it: what is released is gone before the block ends.
-                yield OpenRollout(self._bind(positive, negative, guidance), self._forget)
+                yield OpenRollout(self._bind(positive, negative, guidance), held.close)
         finally:
             self._is_open = False
-            self._forget()
 
     def _forget(self) -> None:
         """Give the memory of merged weights and known texts back."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharded_runs import MODULES, Run, make_all, stored
+from sharded_runs import BY_RANK, MODULES, Run, make_all, stored
 
 from segalign.run_format import load_checkpoint, read_tensors
 
@@ -43,13 +43,18 @@ def run(module: str, strategy: str, steps: int = STEPS, **settings) -> Run:
     return Run(module, strategy, steps, **settings)
 
 
+# Whose rows are two micro-batches on each rank.
+IN_PARTS = run("stage one, LoRA", "sharded", 2, name=" in parts", is_cut=True)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> Found:
     root = tmp_path_factory.mktemp("runs")
     everything = Found(root)
     pairs = [run(name, kind) for name in MODULES for kind in ("ddp", "sharded")]
-    everything.make(2, *pairs, *(resumed(root, name, "sharded") for name in RESUMED),
-                    *(resumed(root, name, "ddp") for name in RESUMED))  # fmt: skip
+    others = [run(name, kind, 2) for name in BY_RANK for kind in ("ddp", "sharded")]
+    again = [resumed(root, name, kind) for kind in ("sharded", "ddp") for name in RESUMED]
+    everything.make(2, *pairs, *others, IN_PARTS, *again)
     ones = [run(name, "one") for name in MODULES]
     everything.make(1, *ones, *(on_one_rank(root, name) for name in RESUMED))
     everything.make(2, *(back_on_two(root, name) for name in RESUMED))
@@ -97,6 +102,23 @@ def test_sharded_training_is_that_of_whole_weights(found, module):
     assert all(moved)
 
 
+@pytest.mark.parametrize("module", BY_RANK)
+def test_losses_among_a_ranks_own_samples_are_those_of_ddp(found, module):
+    sharded, whole = run(module, "sharded", 2), run(module, "ddp", 2)
+    assert any(found.ranks[sharded.folder][0]["is_sharded"].values())
+    for ours, theirs in zip(found.ranks[sharded.folder], found.ranks[whole.folder], strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
+    for file in ("model", "optimizer"):
+        assert_close(found.tensors(sharded, file, 2), found.tensors(whole, file, 2))
+
+
+def test_micro_batches_add_up_to_the_batch(found):
+    straight = run(IN_PARTS.module, "sharded")
+    assert found.losses(IN_PARTS) == pytest.approx(found.losses(straight)[:2], rel=1e-6)
+    for file in ("model", "optimizer"):
+        assert_close(found.tensors(IN_PARTS, file, 2), found.tensors(straight, file, 2))
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("preference")])
 def test_images_made_in_between_are_those_of_whole_weights(found, module):
     ours, *others = (found.ranks[run(module, kind).folder] for kind in ("sharded", "ddp", "one"))
@@ -128,7 +150,7 @@ def test_blocks_are_sharded_and_everything_else_is_whole(found, module):
     for rank in found.ranks[run(module, "sharded").folder]:
         sharded = {name for name, is_sharded in rank["is_sharded"].items() if is_sharded}
         if module.startswith("preference"):
-            towers = ("vision_model",) if "image" in module else ("vision_model", "text_model")
+            towers = ("vision_model", "text_model")
             blocks = tuple(f"scorer.model.{tower}.encoder.layers." for tower in towers)
         else:
             blocks = ("unet.", "reference_unet.")

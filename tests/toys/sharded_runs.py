@@ -1,5 +1,6 @@
 """Runs of tiny modules under each strategy, in processes that are forked once for many of them."""
 
+import contextlib
 import copy
 import os
 import socket
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +28,7 @@ from callbacks.image_evaluation import ImageEvaluation
 from callbacks.lpips import LPIPS
 from lightning_modules.long_text_diffusion import LongTextDiffusionModule
 from lightning_modules.reward_finetuning import RewardFineTuningModule
+from lightning_modules.scenes_scorer import ScenesScorerModule
 from lightning_modules.segment_preference import SegmentPreferenceModule
 from lightning_modules.sharded_strategy import ShardedStrategy
 from segalign.data.scene_shards import ScenesShards
@@ -40,6 +43,8 @@ from segalign.rewards.scorer_source import PretrainedScorer
 from segalign.rewards.trained_parts import TrainedParts
 from segalign.rng import counter_normal
 from segalign.run_directory import checkpoint_path
+from segalign.scenes.samples import make_sample
+from segalign.scenes.scorers import ScenesScorer
 from segalign.text.settings import TextEncoding
 from segalign.trainable import trainable_parameters
 from segalign.truncation.drtune import DRTune
@@ -62,11 +67,18 @@ class OwnCodec(ToyCodec):
 
 @dataclass(frozen=True)
 class OwnBase(TinyBase):
-    """The tiny base with a text model of its own, whose precision may change."""
+    """The tiny base with a text model of its own, whose precision may change.
+
+    The network of the second rank differs, as one does that is drawn at random.
+    """
 
     def load(self):
         own = {"text_models": copy.deepcopy(text_models()), "codec": OwnCodec().float()}
-        return replace(super().load(), **own)
+        loaded = replace(super().load(), **own)
+        with torch.no_grad():
+            for weight in loaded.unet.parameters():
+                weight.add_(int(os.environ.get("LOCAL_RANK", "0")))
+        return loaded
 
 
 def stage_one(optimizer=ADAMW, dtype=torch.float32, **settings):
@@ -105,6 +117,11 @@ def preference(**settings):
     )
 
 
+def scenes(**settings):
+    scorer = ScenesScorer(weights="random")
+    return ScenesScorerModule(ADAMW, scorer=scorer, reading_weight=0.5, max_noise=0.1, **settings)
+
+
 LORA = LoraSettings(rank=2)
 MODULES = {
     "stage one": stage_one,
@@ -113,12 +130,11 @@ MODULES = {
     "preference": partial(
         preference, chunk_size=1, trained=TrainedParts(gradient_checkpointing=True)
     ),
-    "preference, image tower": partial(
-        preference, trained=TrainedParts(image_blocks=1, text_blocks=0)
-    ),
     "reward": reward,
     "reward, LoRA": partial(reward, lora=LORA),
 }
+# Of a loss that depends on which samples a rank has.
+BY_RANK = {"scenes": scenes}
 
 
 @dataclass(frozen=True)
@@ -130,12 +146,13 @@ class Run:
     steps: int
     start: Path | None = None
     name: str = ""
+    is_cut: bool = False
 
     @property
     def micro_batches(self) -> int:
         """How many of them each rank adds up in a step; in one run, all steps have equally many."""
         is_apart = self.strategy == "one" and self.start is None
-        return 2 if is_apart and self.module.startswith("stage") else 1
+        return 2 if self.is_cut or (is_apart and self.module.startswith("stage")) else 1
 
     @property
     def folder(self) -> str:
@@ -151,6 +168,9 @@ class Steps(pl.LightningDataModule):
 
     def batch(self, step, rows):
         ids = [ROWS * step + row for row in rows]
+        valid = torch.tensor([INVALID.get(step) != row for row in rows])
+        if self.kind == "scenes":
+            return scene_batch(ids, valid)
         if self.kind == "preference":
             (made,) = toy_batches(len(ids), len(ids), "preference")
             made["preference_probs"] = PROBS[torch.tensor(ids) % len(PROBS)]
@@ -161,7 +181,6 @@ class Steps(pl.LightningDataModule):
                 "metadata": [{}] * len(ids),
                 "images": counter_normal("images", [(one,) for one in ids], (3, 32, 32)),
             }
-        valid = torch.tensor([INVALID.get(step) != row for row in rows])
         return made | {
             "sample_ids": torch.tensor(ids),
             "captions": [toy_caption(one) for one in ids],
@@ -189,6 +208,19 @@ class Steps(pl.LightningDataModule):
         return self.loader([200])
 
 
+def scene_batch(ids, valid):
+    samples = [make_sample("3x3", 9, one, length="short") for one in ids]
+    images = torch.stack([torch.from_numpy(sample.image.copy()) for sample in samples])
+    return {
+        "images": images.permute(0, 3, 1, 2).double() / 255,
+        "captions": [sample.caption for sample in samples],
+        "metadata": [sample.metadata for sample in samples],
+        "sample_ids": torch.tensor(ids),
+        "valid": valid,
+        "epochs": torch.zeros(len(ids), dtype=torch.int64),
+    }
+
+
 class CountedFiles(SafetensorsCheckpointIO):
     """Counts the checkpoints that this rank writes."""
 
@@ -211,7 +243,8 @@ def evaluation(shards):
 class Watch(pl.Callback):
     """Notes losses, images by weights of now and of before, and how each weight lies at the end."""
 
-    def __init__(self):
+    def __init__(self, is_drawing):
+        self.is_drawing = is_drawing
         self.losses, self.images, self.is_sharded, self.trained = [], [], {}, []
         self.values = {}
 
@@ -221,7 +254,7 @@ class Watch(pl.Callback):
             self.draw(pl_module, "raw", "ema")
 
     def draw(self, pl_module, *which):
-        if hasattr(pl_module, "generate"):
+        if self.is_drawing:
             pairs = ["A fox.", "Two owls."], [1, 2], 5
             self.images += [pl_module.generate(*pairs, weights) for weights in which]
 
@@ -252,6 +285,19 @@ def widen(module):
     module.configure_model = configure_model
 
 
+@contextlib.contextmanager
+def as_on_cuda(is_mixed):
+    """Operate on many tensors at once by default, if some of them are sharded and some not."""
+    name = "_get_foreach_kernels_supported_devices"
+    places = ("torch.utils._foreach_utils", "torch.optim.optimizer") if is_mixed else ()
+    with contextlib.ExitStack() as patches:
+        # Pictures of the curves, which say nothing here, take long to draw.
+        patches.enter_context(mock.patch("callbacks.outcome_log.write_curves"))
+        for place in places:
+            patches.enter_context(mock.patch(f"{place}.{name}", return_value=["cuda", "cpu"]))
+        yield
+
+
 def make(run: Run, root: Path) -> dict[str, Any]:
     """Fit a module and return what this rank has seen."""
     torch.manual_seed(7 + int(os.environ.get("LOCAL_RANK", "0")) * (run.strategy == "sharded"))
@@ -261,13 +307,13 @@ def make(run: Run, root: Path) -> dict[str, Any]:
         "one": lambda: "auto",
     }[run.strategy]()
     is_reward, is_half = run.module.startswith("reward"), "bfloat16" in run.module
-    kind = "preference" if run.module.startswith("preference") else "image"
+    kind = {"preference": "preference", "scenes": "scenes"}.get(run.module, "image")
     micro = run.micro_batches
-    watch = Watch()
     files = CountedFiles()
     # Of runs that start anew: others would measure the same again.
-    is_measured = kind != "preference" and run.start is None
+    is_measured = kind == "image" and run.start is None and not run.is_cut
     measured = evaluation(root / "captions") if is_measured else []
+    watch = Watch(is_drawing=is_measured)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1 if run.strategy == "one" else 2,
@@ -289,10 +335,11 @@ def make(run: Run, root: Path) -> dict[str, Any]:
         callbacks=[EMA(), *measured, RunCheckpoint(every_n_steps=1, keep=9), watch],
         default_root_dir=root / run.folder,
     )
-    module = MODULES[run.module]()
+    module = (MODULES | BY_RANK)[run.module]()
     if not is_half:
         widen(module)
-    trainer.fit(module, Steps(kind, micro), ckpt_path=run.start)
+    with as_on_cuda(is_mixed=kind != "image"):
+        trainer.fit(module, Steps(kind, micro), ckpt_path=run.start)
     names = ("losses", "images", "is_sharded", "trained", "values")
     return {"num_saved": files.num_saved} | {name: getattr(watch, name) for name in names}
 

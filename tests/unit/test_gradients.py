@@ -7,7 +7,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from segalign.gradients import average_gradients, clip_gradients
+from segalign.gradients import average_gradients, clip_gradient_values, clip_gradients
 
 
 def weight(gradient, dtype=torch.float32):
@@ -37,6 +37,14 @@ def test_long_gradients_are_scaled_down_together(max_norm, factor):
 def test_a_gradient_that_is_not_finite_has_no_finite_norm(value):
     assert not clip_gradients([weight([1.0]), weight([value, 1.0])], None).isfinite()
     assert clip_gradients([nn.Parameter(torch.zeros(1))], 1.0).item() == 0
+
+
+def test_each_element_is_bounded_on_its_own():
+    parameters = [weight([3.0, -4.0, 0.5]), nn.Parameter(torch.zeros(2)), weight([math.nan])]
+    clip_gradient_values(parameters, 1.0)
+    assert parameters[0].grad.tolist() == [1.0, -1.0, 0.5]
+    assert parameters[1].grad is None
+    assert parameters[2].grad.isnan().all()
 
 
 def test_one_rank_keeps_its_gradients():

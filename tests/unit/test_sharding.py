@@ -10,7 +10,15 @@ from toy_tuning import TinyBase
 
 from segalign.diffusion.lora import LoraSettings
 from segalign.errors import ConfigError
-from segalign.sharding import data_parallel_mesh, is_sharded, kept_whole, shard_backbone
+from segalign.rewards.scorer_source import PretrainedScorer
+from segalign.rewards.trained_parts import TrainedParts
+from segalign.sharding import (
+    data_parallel_mesh,
+    is_sharded,
+    kept_whole,
+    shard_backbone,
+    shard_trained_layers,
+)
 
 
 def groups(network):
@@ -40,6 +48,20 @@ def test_blocks_and_the_network_are_groups_that_hold_all_weights(mesh, lora):
     assert not any("lora" in name for name in groups(network))
 
 
+def test_layers_of_the_towers_that_are_trained_are_sharded_alone(mesh):
+    model = PretrainedScorer(model="tiny", init="random").load().model
+    TrainedParts(image_blocks=1, text_blocks=0).apply(model)
+    shard_trained_layers(model, mesh)
+    sharded = {name for name, weight in model.named_parameters() if isinstance(weight, DTensor)}
+    tower = "vision_model.encoder.layers."
+    assert sharded == {name for name, _ in model.named_parameters() if name.startswith(tower)}
+    assert len(groups(model)) > 1
+    model = PretrainedScorer(model="tiny", init="random").load().model
+    TrainedParts(image_blocks=0, text_blocks=0).apply(model)
+    assert shard_trained_layers(model, mesh) == []
+    assert not is_sharded(model)
+
+
 def test_adapters_of_another_precision_are_gathered_by_themselves(mesh):
     network = unet(torch.bfloat16, LoraSettings(rank=2))
     shard_backbone(network, mesh)
@@ -66,6 +88,19 @@ def test_weights_are_whole_between_calls_only_where_they_are_kept_so(mesh):
         network(*inputs)
     assert all_sharded()
     assert is_sharded(network)
+
+
+def test_a_call_with_gradient_may_be_made_whole_and_gone_back_over_in_shards(mesh):
+    network, inputs = unet(), (torch.zeros(1, 4, 4, 4), torch.tensor([3]), torch.ones(1, 5, 32))
+    network(*inputs).sample.square().sum().backward()
+    expected = {name: weight.grad for name, weight in network.named_parameters()}
+    network = unet()
+    shard_backbone(network, mesh)
+    with kept_whole(network):
+        loss = network(*inputs).sample.square().sum()
+    loss.backward()
+    for name, weight in network.named_parameters():
+        torch.testing.assert_close(weight.grad.full_tensor(), expected[name])
 
 
 def test_tensor_parallelism_is_refused():

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from peft.tuners.lora import LoraLayer
+from torch.distributed.tensor import DTensor
 
 from segalign.diffusion.generator import TextToImage
 from segalign.diffusion.guidance import Guidance
@@ -17,6 +18,7 @@ from segalign.diffusion.merged_lora import merge_layer, merged_weight
 from segalign.diffusion.rollout import Rollout, RolloutSettings
 from segalign.diffusion.schedule import NoiseSchedule
 from segalign.errors import ConfigError
+from segalign.sharding import shard_backbone
 from segalign.text.conditioning import TextConditioning, TextReport
 
 BATCH, BUDGET, WIDTH = 2, 12, 12
@@ -265,6 +267,27 @@ def test_the_network_is_left_exactly_as_it_was(fails, unet, latents, monkeypatch
         assert stand_in.weight is layer.get_base_layer().weight
     assert not any(layer.merged or layer.disable_adapters
                    for layer in unet.modules() if isinstance(layer, LoraLayer))  # fmt: skip
+
+
+@pytest.mark.parametrize("is_released", [True, False])
+def test_sharded_weights_are_whole_no_longer_than_there_are_calls(is_released, mesh, latents):
+    network = make_unet(dtype=torch.float32, rank=0)
+    shard_backbone(network, mesh)
+    rollout = Rollout(make_generator(network), RolloutSettings())
+
+    def num_whole():
+        return sum(not isinstance(weight, DTensor) for weight in network.parameters())
+
+    with rollout.denoiser(make_text(1), None, Guidance()) as denoise:
+        denoise(latents.float(), 500)
+        assert num_whole() == len(list(network.parameters()))
+        if is_released:
+            denoise.release()
+            assert num_whole() == 0
+            # Of calls with gradient, and of the reference, too.
+            rollout._generator.predict(latents.float(), torch.tensor(500), make_text(1))
+            assert num_whole() == 0
+    assert num_whole() == 0
 
 
 def test_adapters_are_merged_anew_for_every_rollout(latents):

@@ -6,9 +6,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from lightning_modules import training
 from lightning_modules.training import TrainingModule
 from segalign.errors import ConfigError, NonFiniteError
+from segalign.sharded_tensors import local
 
 
 class Slope(TrainingModule):
@@ -71,6 +74,42 @@ def test_frozen_parts_stay_in_evaluation_mode():
     assert module.training
     assert module.trained[1].training
     assert not module.frozen[1].training
+
+
+@pytest.mark.parametrize(("is_manual", "has_mesh"), [(False, True), (False, False), (True, True)])
+def test_the_strategy_decides_who_averages_gradients_not_what_is_sharded(
+    is_manual, has_mesh, mesh, monkeypatch
+):
+    module, seen = Slope(), []
+    module.automatic_optimization = not is_manual
+    module._device_mesh = mesh if has_mesh else None
+    monkeypatch.setattr(training, "average_gradients", lambda weights: seen.append(len(weights)))
+    module.on_before_optimizer_step(None)
+    assert seen == ([3] if has_mesh and not is_manual else [])
+
+
+def test_nothing_to_shard_is_refused_in_one_line(mesh):
+    module = Slope()
+    module.share_weights()
+    module._device_mesh = mesh
+    with pytest.raises(ConfigError, match=r"got none .*configs/base/ddp\.yaml") as refusal:
+        module.share_weights()
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("algorithm", "bound"), [("value", 0.5), ("norm", 2.5), (None, 2.5)])
+def test_gradients_are_clipped_where_some_are_shards(algorithm, bound, mesh):
+    module = Slope()
+    module._device_mesh = mesh
+    layer = module.trained[0]
+    fully_shard(layer, mesh=mesh)
+    module.weight.grad = torch.tensor([3.0], dtype=torch.float64)
+    for weight, value in zip(layer.parameters(), (-4.0, 0.0), strict=True):
+        weight.grad = torch.full_like(weight, value)
+    module.configure_gradient_clipping(None, bound, algorithm)
+    expected = [0.5, -0.5, 0.0] if algorithm == "value" else [1.5, -2.0, 0.0]
+    found = [local(weight.grad).item() for weight in (module.weight, *layer.parameters())]
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_averaged_weights_must_exist():
