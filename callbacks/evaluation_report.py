@@ -16,6 +16,7 @@ from segalign.evaluation.kept_images import KeptImages
 from segalign.evaluation.result import EvaluationResult
 from segalign.evaluation.result_files import make_result, write_result
 from segalign.evaluation.result_table import compare
+from segalign.metrics.report_table import ReportTable
 from segalign.run_directory import META_FILE, file_digest
 
 _MIN_WIDTH = 120
@@ -62,6 +63,11 @@ class EvaluationReport(ImageMetricCallback):
         return [] if self._kept is None else [self._kept]
 
     @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep Lightning's own table back: it has the same numbers, and more of them."""
+        trainer.test_loop.verbose = False
+
+    @override
     def on_outcome(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome
     ) -> None:
@@ -73,7 +79,7 @@ class EvaluationReport(ImageMetricCallback):
         images = {} if self._kept is None else self._kept.images
         write_result(folder, result, outcome.setting.rows, outcome.findings, images)
         console = Console(width=max(Console().width, _MIN_WIDTH))
-        console.print(compare([result]).to_rich())
+        console.print(_upright(compare([result])).to_rich())
         console.print(
             f"All numbers, images and plots: {folder / 'result.html'}", soft_wrap=True, markup=False
         )
@@ -88,6 +94,13 @@ class EvaluationReport(ImageMetricCallback):
             failures=outcome.failures,
             seconds=outcome.making_seconds + outcome.metric_seconds,
         )
+
+
+def _upright(table: ReportTable) -> ReportTable:
+    """Turn a table of one row into one of two columns, which fits any terminal."""
+    (first, *headings), (name, *cells) = table.headings, table.rows[0]
+    rows = [list(pair) for pair in zip(headings, cells, strict=True)]
+    return ReportTable(table.title, [first, name], rows)
 
 
 def _describe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Any]:
