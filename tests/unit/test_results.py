@@ -100,3 +100,17 @@ def test_the_readme_has_the_cost_of_metrics():
     assert f"takes {ours[0]} s on two CPU cores, {float(sqrtm[1]):.1f} times less" in text
     assert f"and {float(eigvals[1]):.1f} times less than torchmetrics" in text
     assert f"all metrics together take {share} % of the time" in text
+
+
+def test_the_monitor_fires_where_the_readme_says():
+    file = ROOT / "benchmarks" / "results" / "scenes_overfit.json"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    fired = {arm: [run["fired_at"] is not None for run in runs] for arm, runs in results.items()}
+    assert {arm: len(runs) for arm, runs in fired.items()} == dict.fromkeys(fired, 3)
+    hacking = [one for arm, runs in fired.items() if arm.startswith("rate 1e-3") for one in runs]
+    good = [one for arm, runs in fired.items() if arm.startswith("omega") for one in runs]
+    assert all(hacking)
+    assert not any(good)
+    text = " ".join(README.split())
+    assert f"in {len(hacking)} of {len(hacking)} runs at ten times the recipe's rate" in text
+    assert f"in none of {len(good)} good ones" in text
