@@ -4,9 +4,9 @@ import base64
 import io
 import math
 import re
-from html.parser import HTMLParser
 
 import torch
+from html_page import Page
 from PIL import Image
 
 from segalign.evaluation.page_pictures import encode_images
@@ -16,36 +16,6 @@ from segalign.evaluation.result_page import ResultPage
 HOSTILE = (
     "</p><script>alert(1)</script><img src=x onerror='a'> {{ 7 * 7 }} \"q\". It rains & pours."
 )
-VOID = {"meta", "img", "br"}
-
-
-class Page(HTMLParser):
-    """What stands in a page, with a check that its tags are nested."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.tags, self.text = [], [], ""
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data if self.open[-1:] != ["style"] else ""
-
-    def all(self, tag, css_class=""):
-        return [
-            attrs
-            for name, attrs in self.tags
-            if name == tag and css_class in [*(attrs.get("class") or "").split(" "), ""]
-        ]
 
 
 def result_of(**changes):
