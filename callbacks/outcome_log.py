@@ -1,6 +1,8 @@
 """Where an evaluation's findings go: loggers, warnings, the history of a run and its curves."""
 
 import logging
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,14 +57,19 @@ class OutcomeLog:
         """Say where the curves are, if there are any."""
         curves = folder / "curves.png"
         if curves.is_file():
-            Console().print(f"Metrics of generated images over training: {curves}", soft_wrap=True)
+            text = f"Metrics of generated images over training: {curves}"
+            Console().print(text, soft_wrap=True, markup=False)
 
 
 def log_values(pl_module: pl.LightningModule, stage: str, values: Mapping[str, float]) -> None:
     """Log values that are the same on every rank; a test's without those that reports draw."""
     for name, value in values.items():
         if stage != "test" or not _is_detail(name):
-            pl_module.log(f"{stage}/{name}", value, rank_zero_only=False)
+            key = f"{stage}/{name}"
+            # Lightning would advise to average over ranks what is equal already.
+            advice = re.escape(f"It is recommended to use `self.log({key!r}")
+            warnings.filterwarnings("ignore", message=advice)
+            pl_module.log(key, value, rank_zero_only=False)
 
 
 def refuse_missing(outcome: Outcome) -> None:
