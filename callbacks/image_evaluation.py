@@ -179,7 +179,9 @@ class ImageEvaluation(Callback):
                 bears_failures=is_final and not _is_sharded(pl_module),
             )
             title = f"evaluating {setting.plan.num_images} images"
-            shown = show_progress(title, setting.plan.num_images // trainer.world_size)
+            shown = show_progress(
+                title, setting.plan.num_own(trainer.global_rank, trainer.world_size)
+            )
             with shown if trainer.is_global_zero else contextlib.nullcontext(_ignore) as advance:
                 outcome = evaluator.run(as_generator(pl_module), advance, keep_as_start=is_start)
             self.outcome = outcome

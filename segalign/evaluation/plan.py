@@ -65,6 +65,10 @@ class EvaluationPlan:
         """Micro-batches, over all ranks."""
         return -(-self.num_images // self.batch_size)
 
+    def num_own(self, rank: int, world_size: int) -> int:
+        """Count the images of a rank that count."""
+        return sum(sum(batch.counted) for batch in self.batches(rank, world_size))
+
     def batches(self, rank: int, world_size: int) -> Iterator[PlannedBatch]:
         """List a rank's micro-batches: equally many, of equal size, on every rank."""
         for turn in range(-(-self.num_batches // world_size)):

@@ -33,6 +33,13 @@ def test_all_ranks_make_equally_many_batches_of_equal_size(numbers, world_size):
 
 
 @pytest.mark.parametrize("numbers", PLANS)
+def test_own_images_add_up(numbers):
+    plan = EvaluationPlan(*numbers)
+    assert sum(plan.num_own(rank, 3) for rank in range(3)) == plan.num_images
+    assert plan.num_own(0, 1) == plan.num_images
+
+
+@pytest.mark.parametrize("numbers", PLANS)
 def test_a_micro_batch_is_the_same_in_any_world(numbers):
     plan = EvaluationPlan(*numbers)
     alone = {batch.index: batch.places for batch in plan.batches(0, 1)}
