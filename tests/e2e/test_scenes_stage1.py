@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 import main
+from segalign.evaluation.history import History
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -98,14 +99,19 @@ def test_the_scorer_trains_with_both_losses(tmp_path):
 
 
 def test_the_quickstart_runs_on_the_shipped_base(tmp_path, capsys):
-    scenes = {"num_train": 64, "num_val": 8, "root": str(tmp_path / "scenes")}
+    # More real images than the tiny extractor has features, as FID wants.
+    scenes = {"num_train": 64, "num_val": 72, "root": str(tmp_path / "scenes")}
     code = main.main([
         "fit", "--config", str(CONFIGS / "quickstart.yaml"), "--run_dir", str(tmp_path / "run"),
         "--data.init_args.scenes", json.dumps(scenes), "--trainer.max_steps", "2",
-        "--trainer.callbacks.num_samples", "2",
-        "--model.init_args.sampler.num_inference_steps", "4",
+        "--trainer.val_check_interval", "2", "--model.init_args.sampler.num_inference_steps", "3",
     ])  # fmt: skip
     assert code == 0
+    history = History(tmp_path / "run" / "evaluation" / "history.jsonl").read()
+    assert list(history) == [0, 2]
+    names = {"attributes", "fid_tiny", "kid_tiny", "distance_tiny_diversity"}
+    assert names <= history[2].keys()
+    assert (tmp_path / "run" / "evaluation" / "curves.png").is_file()
     rows = (tmp_path / "run" / "report.md").read_text().splitlines()
     truncated = next(row for row in rows if row.startswith("| short | truncated"))
     before = float(truncated.split("|")[3].split("->")[0])
