@@ -1,29 +1,16 @@
 """The first validation captions of a run, shared out over its ranks."""
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
 from segalign.errors import ConfigError
+from segalign.evaluation.captions import CaptionRow
+from segalign.ranks import gather_objects
 from segalign.types import CaptionBatch
 
 _KEPT_METADATA = ("world", "facts")
-
-
-class CaptionRow(TypedDict):
-    """One caption; plain data, so that a checkpoint can hold it.
-
-    Attributes:
-        sample_id: Position of the sample in the manifest.
-        caption: The caption.
-        metadata: World and facts, of a caption of scenes.
-    """
-
-    sample_id: int
-    caption: str
-    metadata: dict[str, Any]
 
 
 def read_first_captions(trainer: pl.Trainer, count: int) -> list[CaptionRow]:
@@ -60,15 +47,6 @@ def own_places(trainer: pl.Trainer, count: int) -> range:
     """
     padded = -(-count // trainer.world_size) * trainer.world_size
     return range(trainer.global_rank, padded, trainer.world_size)
-
-
-def gather_objects(own: Any) -> list[Any]:
-    """Gather plain data of all ranks, in rank order; every rank must call it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [own]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, own)
-    return gathered
 
 
 def have_facts(rows: Sequence[CaptionRow]) -> bool:

@@ -24,8 +24,8 @@ from segalign.evaluation.evaluator import Evaluator, Outcome
 from segalign.evaluation.image_metric import EvaluationSetting, ImageMetric, SourcePool
 from segalign.evaluation.observation import observing
 from segalign.evaluation.plan import EvaluationPlan
-from segalign.evaluation.ranks import together
 from segalign.evaluation.start_images import StartImages
+from segalign.ranks import together
 
 
 @runtime_checkable

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from callbacks.caption_rows import CaptionRow, gather_objects, have_facts
+from callbacks.caption_rows import have_facts
+from segalign.evaluation.captions import CaptionRow
 from segalign.metrics.report_table import ReportTable
+from segalign.ranks import gather_objects
 from segalign.scenes.evaluation import SceneScore
 from segalign.scenes.world import get_world
 from segalign.text.tokenizer import clip_tokenizer

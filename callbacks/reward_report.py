@@ -15,14 +15,16 @@ from typing_extensions import override
 
 from callbacks.before_after import is_written, show_written_report, write_report
 from callbacks.best_checkpoint import stored_weights
-from callbacks.caption_rows import CaptionRow, gather_objects, own_places, read_first_captions
+from callbacks.caption_rows import own_places, read_first_captions
 from callbacks.report_figures import Figures, RankFigures, change_table
 from callbacks.stored_images import as_stored, read_image, write_image
 from segalign.atomic import make_directory
 from segalign.data.progress import show_progress
 from segalign.diffusion.generator import ImageGenerator, Weights
 from segalign.errors import ConfigError
+from segalign.evaluation.captions import CaptionRow
 from segalign.pictures import Panel
+from segalign.ranks import gather_objects
 from segalign.run_directory import best_checkpoint, checkpoint_step, read_best
 
 # From places of rows to their images, ``(B, 3, H, W)``; all ranks ask for equally many.

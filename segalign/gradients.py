@@ -7,6 +7,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from segalign.ranks import is_distributed
 from segalign.sharded_tensors import local
 
 
@@ -18,7 +19,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     Args:
         parameters: The trained weights, the same on all ranks.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_distributed():
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for gradient in _gradients(parameters):

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import torch.distributed
-
 from segalign.atomic import write_bytes_atomic
 from segalign.data.faults import FaultRecord
 from segalign.errors import DataError
+from segalign.ranks import gather_objects
 
 REPORT_NAME: Final = "data_report.json"
 _MIN_SAMPLES_TO_JUDGE: Final = 300
@@ -190,11 +189,7 @@ class Ledger:
 
 def gather_stages(stages: dict[str, Ledger]) -> dict[str, Ledger]:
     """Merge the ledgers of all ranks, stage by stage; every rank must call it."""
-    ranks = [stages]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, stages)
-        ranks = gathered
+    ranks = gather_objects(stages)
     return {
         stage: ledger.merged(other[stage] for other in ranks[1:] if stage in other)
         for stage, ledger in ranks[0].items()

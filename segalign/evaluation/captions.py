@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from segalign.data.loaders import BatchSettings, eval_loader, open_shards
 from segalign.data.order import BatchPlan
 from segalign.errors import DataError
-from segalign.evaluation.ranks import gather_objects, together
+from segalign.ranks import gather_objects, together
 
 _READ_AT_ONCE = 512
 

@@ -18,9 +18,9 @@ from segalign.evaluation.image_metric import EvaluationSetting, Findings, ImageB
 from segalign.evaluation.observation import observing
 from segalign.evaluation.pixels import to_pixels
 from segalign.evaluation.plan import PlannedBatch
-from segalign.evaluation.ranks import gather_objects, own_rank, together, world_size
 from segalign.evaluation.result import FailedImage
 from segalign.evaluation.start_images import StartImages
+from segalign.ranks import gather_objects, own_rank, together, world_size
 from segalign.rng import counter_seed
 
 

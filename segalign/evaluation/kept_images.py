@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from segalign.errors import ConfigError
 from segalign.evaluation.image_metric import EvaluationSetting, Findings, ImageBatch, ImageMetric
-from segalign.evaluation.ranks import gather_objects
+from segalign.ranks import gather_objects
 
 
 class KeptImages(ImageMetric):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from segalign.errors import DataError
 from segalign.losses.contrastive import text_keys
-from segalign.losses.gathering import gather_rows, gather_sizes, own_rank
+from segalign.losses.gathering import gather_rows, gather_sizes
+from segalign.ranks import own_rank
 
 
 def pair_weights(captions: Sequence[str], num_pairs: Sequence[Any], valid: Tensor) -> Tensor:

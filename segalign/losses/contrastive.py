@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segalign.losses.gathering import gather_rows, gather_sizes, own_rank
+from segalign.losses.gathering import gather_rows, gather_sizes
+from segalign.ranks import own_rank
 
 
 @dataclass(frozen=True, eq=False)

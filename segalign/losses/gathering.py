@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from segalign.ranks import is_distributed
+
 
 class _GatherRows(torch.autograd.Function):
     """Concatenate equally many rows of every rank; the gradient is the sum over ranks."""
@@ -28,23 +30,14 @@ class _GatherRows(torch.autograd.Function):
         return total[first : first + ctx.num_rows]
 
 
-def own_rank() -> int:
-    """Return this process's rank; 0 without a process group."""
-    return distributed.get_rank() if _is_distributed() else 0
-
-
 def gather_sizes(sizes: Sequence[int], device: torch.device) -> list[list[int]]:
     """Tell every rank the sizes of all ranks, one list for each size; one collective for all."""
-    if not _is_distributed():
+    if not is_distributed():
         return [[size] for size in sizes]
     table = torch.zeros(len(sizes), distributed.get_world_size(), dtype=torch.int64, device=device)
     table[:, distributed.get_rank()] = torch.tensor(sizes, device=device)
     distributed.all_reduce(table)
     return [[int(size) for size in row] for row in table.tolist()]
-
-
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
 
 
 def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:

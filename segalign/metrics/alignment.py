@@ -12,12 +12,12 @@ from typing_extensions import override
 from segalign.errors import ConfigError
 from segalign.evaluation.captions import CaptionRow
 from segalign.evaluation.image_metric import EvaluationSetting, Findings, ImageBatch, ImageMetric
-from segalign.evaluation.ranks import gather_objects
 from segalign.metrics.alignment_rows import PlainRows, RewardRows, SegmentRows
 from segalign.metrics.denscore import FORMULAS
 from segalign.metrics.reward_protocol import reward_protocol
 from segalign.metrics.score_groups import by_length, by_position, finite, mean, offsets
 from segalign.metrics.scorer_features import load_reward
+from segalign.ranks import gather_objects
 from segalign.rewards.clip_reward import ClipReward
 from segalign.rewards.common_direction import CorpusDirection
 from segalign.rewards.protocol import Reward, RewardSource, check_reward_names

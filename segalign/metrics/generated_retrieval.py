@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from segalign.errors import ConfigError
 from segalign.evaluation.image_metric import EvaluationSetting, Findings, ImageBatch, ImageMetric
-from segalign.evaluation.ranks import gather_objects
 from segalign.metrics.retrieval import (
     CUTOFFS,
     DIRECTIONS,
@@ -23,6 +22,7 @@ from segalign.metrics.retrieval import (
 from segalign.metrics.reward_protocol import reward_protocol
 from segalign.metrics.scorer_evaluation import evaluation_mode
 from segalign.metrics.scorer_features import load_reward, shared_features
+from segalign.ranks import gather_objects
 from segalign.rewards.clip_reward import ClipReward
 from segalign.rewards.common_direction import CorpusDirection
 from segalign.rewards.protocol import Reward, RewardSource

@@ -31,13 +31,13 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from segalign.evaluation.image_metric import EvaluationSetting, Findings, ImageBatch, ImageMetric
-from segalign.evaluation.ranks import gather_objects
 from segalign.metrics.extractors.protocol import ExtractorSource
 from segalign.metrics.fixed_directions import fixed_direction
 from segalign.metrics.fixed_point import check_value_sums, from_whole, to_whole
 from segalign.metrics.place_values import PlaceValues, means
 from segalign.metrics.reward_protocol import direction_protocol, reward_protocol
 from segalign.metrics.scorer_features import shared_features
+from segalign.ranks import gather_objects
 from segalign.rewards.clip_reward import ClipReward
 from segalign.rewards.common_direction import CorpusDirection
 

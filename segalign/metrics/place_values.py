@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from segalign.evaluation.ranks import gather_objects
 from segalign.metrics.score_groups import finite, mean
+from segalign.ranks import gather_objects
 
 
 class PlaceValues:

@@ -17,7 +17,6 @@ from segalign.data.loaders import open_shards
 from segalign.data.manifest import Manifest
 from segalign.errors import ConfigError, DataError, StorageError
 from segalign.evaluation.image_metric import EvaluationSetting
-from segalign.evaluation.ranks import gather_objects, own_rank, together
 from segalign.metrics.extractors.protocol import FeatureExtractor
 from segalign.metrics.fixed_point import FEATURE_BITS
 from segalign.metrics.metric_protocol import check_same_protocol, protocol_digest
@@ -28,6 +27,7 @@ from segalign.metrics.reference_computing import (
 )
 from segalign.metrics.reference_files import SUFFIX, is_file, load_reference, save_reference
 from segalign.metrics.reference_statistics import ReferenceStatistics
+from segalign.ranks import gather_objects, own_rank, together
 
 FOLDER_NAME: Final = "statistics"
 _DIGEST_LENGTH: Final = 16

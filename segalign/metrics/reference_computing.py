@@ -20,12 +20,12 @@ from segalign.data.manifest import Manifest
 from segalign.data.order import BatchPlan
 from segalign.data.sources import plain_suffix
 from segalign.errors import ConfigError, DataError
-from segalign.evaluation.ranks import gather_objects, own_rank, together, world_size
 from segalign.metrics.extractors.protocol import FeatureExtractor
 from segalign.metrics.feature_statistics import FeatureStatistics
 from segalign.metrics.fixed_point import FEATURE_BITS
 from segalign.metrics.host_gather import gather_to_host
 from segalign.metrics.reference_statistics import ReferenceStatistics
+from segalign.ranks import gather_objects, own_rank, together, world_size
 from segalign.types import CaptionBatch
 
 FORMAT: Final = 1

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from segalign.errors import ConfigError
 from segalign.evaluation.image_metric import EvaluationSetting
-from segalign.evaluation.ranks import world_size
 from segalign.metrics.host_gather import gather_to_host
 from segalign.metrics.scorer_evaluation import evaluation_mode
+from segalign.ranks import world_size
 from segalign.rewards.batch_directions import BatchDirection, EmaDirection
 from segalign.rewards.clip_reward import ClipReward
 from segalign.rewards.protocol import Reward, RewardSource, without_chance

@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from typing_extensions import override
 
 from segalign.errors import ConfigError
+from segalign.ranks import is_distributed
 from segalign.rewards.decomposition import unit_mean
 
 MIN_BATCH: Final = 64
@@ -183,7 +184,7 @@ def sum_over_ranks(text_features: Tensor, counted: Tensor | None = None) -> tupl
         features = features[counted.to(features.device)]
     sizes = features.new_tensor([float(len(features)), float(num_rows)])
     total = torch.cat([features.sum(dim=0), sizes])
-    if distributed.is_available() and distributed.is_initialized():
+    if is_distributed():
         distributed.all_reduce(total)
     count, num_rows = (int(size) for size in total[-2:].tolist())
     return total[:-2], count, num_rows

@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from segalign.errors import ConfigError
 from segalign.evaluation.image_metric import EvaluationSetting, Findings, ImageBatch, ImageMetric
-from segalign.evaluation.ranks import gather_objects
+from segalign.ranks import gather_objects
 from segalign.scenes.accuracy import FactRecord, accuracies, count_facts
 from segalign.scenes.evaluation import stated_facts
 from segalign.scenes.oracle import read_scenes

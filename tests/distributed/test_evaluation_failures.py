@@ -13,8 +13,8 @@ from toy_evaluation import Recorder, ToyGenerator, setting_of
 from segalign.errors import ConfigError, DataError, StorageError
 from segalign.evaluation import captions
 from segalign.evaluation.evaluator import Evaluator
-from segalign.evaluation.ranks import together
 from segalign.evaluation.start_images import StartImages
+from segalign.ranks import together
 
 pytestmark = pytest.mark.distributed
 
@@ -142,7 +142,7 @@ def fail_everywhere(rank: int, folder: str) -> None:
     logged: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())
-    logging.getLogger("segalign.evaluation.ranks").addHandler(handler)
+    logging.getLogger("segalign.ranks").addHandler(handler)
     seen = {}
     for name, case in CASES.items():
         try:

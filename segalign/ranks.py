@@ -1,4 +1,4 @@
-"""The processes of an evaluation; alone, it is the only one."""
+"""The processes that work together; one that is alone is the only one."""
 
 import logging
 from collections.abc import Callable
@@ -13,19 +13,24 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+def is_distributed() -> bool:
+    """Tell whether there is a process group."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def own_rank() -> int:
     """Return this process's number."""
-    return distributed.get_rank() if _is_distributed() else 0
+    return distributed.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
     """Return the number of processes."""
-    return distributed.get_world_size() if _is_distributed() else 1
+    return distributed.get_world_size() if is_distributed() else 1
 
 
 def gather_objects(own: Any) -> list[Any]:
     """Gather plain data of all ranks, in rank order; every rank must call it."""
-    if not _is_distributed():
+    if not is_distributed():
         return [own]
     gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, own)
@@ -82,7 +87,3 @@ def _report(error: Exception) -> SegalignError:
 def _one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0].strip()}".removesuffix(": ")
-
-
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
