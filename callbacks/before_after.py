@@ -6,10 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from segalign.atomic import write_text_atomic
-from segalign.metrics.report_table import ReportTable
+from segalign.metrics.report_table import ReportTable, wide_console
 from segalign.pictures import Panel, panel_grid
-
-_MIN_WIDTH = 120
 
 
 def is_written(run_dir: Path) -> bool:
@@ -28,8 +26,7 @@ def write_report(
         panels: Prompts with their pictures.
         facts: A paragraph below the table: what was measured, on how much.
     """
-    # A table that wraps cannot be read; too wide a line can.
-    console = Console(width=max(Console().width, _MIN_WIDTH))
+    console = wide_console()
     console.print(table.to_rich())
     if facts:
         console.print(facts)

@@ -6,20 +6,18 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from rich.console import Console
 from typing_extensions import override
 
 from callbacks.image_metric import ImageMetricCallback
+from callbacks.outcome_log import evaluation_folder
 from segalign.evaluation.evaluator import Outcome
 from segalign.evaluation.image_metric import ImageMetric
 from segalign.evaluation.kept_images import KeptImages
 from segalign.evaluation.result import EvaluationResult
 from segalign.evaluation.result_files import make_result, write_result
 from segalign.evaluation.result_table import compare
-from segalign.metrics.report_table import ReportTable
+from segalign.metrics.report_table import ReportTable, wide_console
 from segalign.run_directory import META_FILE, file_digest
-
-_MIN_WIDTH = 120
 
 
 @runtime_checkable
@@ -74,11 +72,11 @@ class EvaluationReport(ImageMetricCallback):
         """Write the files; other ranks have the same numbers."""
         if not outcome.setting.is_final or not trainer.is_global_zero:
             return
-        folder = Path(trainer.default_root_dir) / "evaluation" / "test"
+        folder = evaluation_folder(trainer) / "test"
         result = self._result(_describe(trainer, pl_module), outcome)
         images = {} if self._kept is None else self._kept.images
         write_result(folder, result, outcome.setting.rows, outcome.findings, images)
-        console = Console(width=max(Console().width, _MIN_WIDTH))
+        console = wide_console()
         console.print(_upright(compare([result])).to_rich())
         console.print(
             f"All numbers, images and plots: {folder / 'result.html'}", soft_wrap=True, markup=False

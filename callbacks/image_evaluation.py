@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from callbacks.image_metric import ImageMetricCallback
-from callbacks.outcome_log import OutcomeLog, log_values, refuse_missing
+from callbacks.outcome_log import OutcomeLog, evaluation_folder, log_values, refuse_missing
 from segalign.data.progress import show_progress
 from segalign.diffusion.generator import Weights, as_generator
 from segalign.errors import ConfigError
@@ -153,7 +153,7 @@ class ImageEvaluation(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where the curves are."""
         if trainer.is_global_zero:
-            self._log.show(_folder(trainer))
+            self._log.show(evaluation_folder(trainer))
 
     # What
 
@@ -231,7 +231,7 @@ class ImageEvaluation(Callback):
 
     def _record(self, trainer: pl.Trainer, outcome: Outcome) -> None:
         """Add an evaluation to the history of the run; where rank 0 cannot, all fail."""
-        record = partial(self._log.record, _folder(trainer), outcome, trainer.global_step)
+        record = partial(self._log.record, evaluation_folder(trainer), outcome, trainer.global_step)
         together(lambda: record() if trainer.is_global_zero else None)
 
 
@@ -250,7 +250,7 @@ def _start_images(
     """Name the images of the start, to be kept now, or kept before; those of other settings go."""
     size = getattr(getattr(pl_module, "generator", None), "image_size", None)
     made_by = f"{getattr(pl_module, 'sampler', None)!r}, {size} pixels"
-    start = StartImages(_folder(trainer) / "start", made_by)
+    start = StartImages(evaluation_folder(trainer) / "start", made_by)
     # Rank 0 looks, so that all decide alike.
     has_start = is_start or bool(trainer.strategy.broadcast(start.is_of(setting)))
     return start if has_start else None
@@ -268,10 +268,6 @@ def _best_weights(pl_module: pl.LightningModule) -> Weights:
 
 def _is_trial(trainer: pl.Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def _folder(trainer: pl.Trainer) -> Path:
-    return Path(trainer.default_root_dir) / "evaluation"
 
 
 def _ignore(count: int) -> None:

@@ -17,6 +17,11 @@ from segalign.evaluation.history import History
 _logger = logging.getLogger(__name__)
 
 
+def evaluation_folder(trainer: pl.Trainer) -> Path:
+    """Return the folder of a run directory for what evaluations leave."""
+    return Path(trainer.default_root_dir) / "evaluation"
+
+
 class OutcomeLog:
     """Says what evaluations have found, and keeps it in the run directory.
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -11,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from callbacks.image_metric import ImageMetricCallback
+from callbacks.outcome_log import evaluation_folder
 from segalign.evaluation.evaluator import Outcome
 from segalign.evaluation.hacking_rule import HackingRule, Verdict
 from segalign.evaluation.hacking_settings import HackingSettings
@@ -152,7 +152,7 @@ class OverfitMonitor(ImageMetricCallback):
 
 def _records(trainer: pl.Trainer) -> StepRecords:
     """Name the file of the rule's states."""
-    return StepRecords(Path(trainer.default_root_dir) / "evaluation" / "monitor.jsonl", "state")
+    return StepRecords(evaluation_folder(trainer) / "monitor.jsonl", "state")
 
 
 def _reading(step: int, outcome: Outcome) -> Reading:

@@ -9,13 +9,13 @@ import lightning.pytorch as pl
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from rich.console import Console
 from typing_extensions import override
 
 from segalign.errors import ConfigError, DataError
 from segalign.metrics.pair_accuracy import PairResult
 from segalign.metrics.pair_buckets import ALL
 from segalign.metrics.pair_report import PairTables
+from segalign.metrics.report_table import wide_console
 from segalign.metrics.retrieval import CUTOFFS, DIRECTIONS, RetrievalResult
 from segalign.metrics.retrieval_report import RetrievalTables
 from segalign.metrics.scorer_evaluation import EvaluationSettings, ScorerEvaluation
@@ -116,8 +116,7 @@ class PreferenceReport(Callback):
         tables = self._finish(pl_module, "test")
         if not trainer.is_global_zero:
             return
-        # A table that wraps cannot be read; too wide a line can.
-        console = Console(width=max(Console().width, 120))
+        console = wide_console()
         weights = _weights_of(trainer)
         for report in [one.report() for one in tables]:
             report = replace(report, facts=f"{weights} {report.facts}")

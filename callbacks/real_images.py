@@ -1,10 +1,10 @@
 """The real images that generated ones are compared with: those of the validation shards."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
+from callbacks.outcome_log import evaluation_folder
 from segalign.errors import ConfigError
 from segalign.metrics.reference import ReferenceImages
 from segalign.metrics.reference_files import is_file
@@ -47,5 +47,5 @@ def real_images(
         image_size=size,
         count=count,
         keep_rows=keep_rows or any(getattr(one, "needs_rows", False) for one in callbacks),
-        cache=str(Path(trainer.default_root_dir) / "evaluation"),
+        cache=str(evaluation_folder(trainer)),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from callbacks.caption_rows import have_facts
 from segalign.evaluation.captions import CaptionRow
 from segalign.metrics.report_table import ReportTable
+from segalign.pictures import to_bytes
 from segalign.ranks import gather_objects
 from segalign.scenes.evaluation import SceneScore
 from segalign.scenes.world import get_world
@@ -78,7 +79,7 @@ class RankFigures:
         for index, place in enumerate(own):
             self.rewards[place] = {name: values[index] for name, values in host.items()}
             if place < self.num_pictures:
-                self.pictures[place] = shown[index].clamp(0, 1).mul(255).round().byte()
+                self.pictures[place] = to_bytes(shown[index])
         if self.facts is not None:
             rows = [self.rows[place] for place in own]
             captions = [row["caption"] for row in rows]

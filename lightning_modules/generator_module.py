@@ -10,9 +10,10 @@ from typing_extensions import override
 
 from lightning_modules.training import TrainingModule
 from segalign.diffusion.bundle import BundleSource
-from segalign.diffusion.generator import TextToImage, Weights, evaluation_mode
+from segalign.diffusion.generator import TextToImage, Weights
 from segalign.diffusion.lora import LoraSettings
 from segalign.diffusion.scheduler_sampler import Sampler
+from segalign.modes import evaluation_mode
 from segalign.sharding import kept_whole, shard_backbone
 from segalign.text.settings import TextEncoding
 from segalign.types import CaptionBatch

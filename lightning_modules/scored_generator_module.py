@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_modules.generator_module import GeneratorModule
-from segalign.diffusion.generator import evaluation_mode
 from segalign.diffusion.made_images import MADE_IMAGES, MadeImages
+from segalign.modes import evaluation_mode
 from segalign.rewards.protocol import Reward, RewardSource
 from segalign.rewards.scoring import finite_images, score_images
 from segalign.types import CaptionBatch

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -32,10 +33,14 @@ class Panel:
     caption: str
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Clamp and round images in [0, 1] to uint8 of the same shape, on the same device."""
+    return images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     """Clamp and round images in [0, 1], ``(..., 3, H, W)``, to uint8 ``(..., H, W, 3)``."""
-    pixels = images.detach().float().cpu().clamp(0, 1).mul(255).round()
-    array: NDArray[np.uint8] = pixels.movedim(-3, -1).numpy().astype(np.uint8)
+    array: NDArray[np.uint8] = to_bytes(images.cpu()).movedim(-3, -1).numpy()
     return array
 
 

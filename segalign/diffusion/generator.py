@@ -3,14 +3,13 @@
 Dims: B batch, L text tokens, D text width, H/W pixels, c/h/w latents.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from segalign.diffusion.following_noise import following_noise
 from segalign.diffusion.guidance import Guidance
@@ -188,16 +187,3 @@ class TextToImage:
         counters = list(zip(seeds, sample_ids, strict=True))
         shape = self.codec.latent_shape(self.image_size, self.image_size)
         return counter_normal("generate", counters, shape)
-
-
-@contextlib.contextmanager
-def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Put modules in eval mode, and restore every submodule's own flag afterwards."""
-    flags = {part: part.training for module in modules for part in module.modules()}
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for part, flag in flags.items():
-            part.training = flag

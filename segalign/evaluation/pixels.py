@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from segalign.errors import DataError
+from segalign.pictures import to_bytes
 
 # What clamped images may exceed [0, 1] by: nothing but rounding.
 _SLACK: Final = 1e-3
@@ -55,4 +56,4 @@ def to_pixels(images: Tensor) -> Tensor:
     """
     for error in outside_range(check_images(images)).values():
         raise error
-    return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return to_bytes(images)

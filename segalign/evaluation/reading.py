@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from segalign.metrics.score_groups import finite, mean
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -70,5 +72,5 @@ def spread(values: Sequence[float | None]) -> float:
 
 
 def _mean_or_none(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+    known = finite(values)
+    return mean(known) if known and len(known) == len(values) else None

@@ -3,7 +3,6 @@
 It imports no torch, so that a table of results starts at once.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Final, Self
 
 from segalign.atomic import write_text_atomic
 from segalign.errors import DataError
+from segalign.metrics.metric_protocol import protocol_digest
 
 FORMAT: Final = 1
 _DIGITS: Final = 12
@@ -109,7 +109,7 @@ class EvaluationResult:
 
         Seed, micro-batch, model and weights are not among them.
         """
-        return conditions_digest(self.conditions)
+        return protocol_digest(self.conditions)
 
     def to_json(self) -> str:
         """Write strict JSON; numbers that are not finite are null."""
@@ -166,11 +166,6 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int):
         return value
     raise TypeError(f"expected plain data for a result; got `{type(value).__name__}`")
-
-
-def conditions_digest(conditions: Mapping[str, Any]) -> str:
-    """Digest plain data, SHA-256 in hexadecimal."""
-    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
 
 
 def short(digest: str) -> str:

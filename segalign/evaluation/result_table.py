@@ -6,7 +6,8 @@ from itertools import chain, count
 from typing import Any, Final
 
 from segalign.errors import ConfigError, DataError
-from segalign.evaluation.result import EvaluationResult, conditions_digest, short
+from segalign.evaluation.result import EvaluationResult, short
+from segalign.metrics.metric_protocol import protocol_digest
 from segalign.metrics.report_table import ReportTable
 
 # What tables call the numbers that papers report; in this order. A ``*`` is the name of a reward.
@@ -57,7 +58,7 @@ def compare(results: Sequence[EvaluationResult], sources: Sequence[str] = ()) ->
     headings = [*own, *columns]
     return ReportTable(
         f"{results[0].num_captions} captions x {results[0].images_per_caption}, prompts "
-        f"{short(results[0].prompts)}, protocol {short(conditions_digest(merged))}",
+        f"{short(results[0].prompts)}, protocol {short(protocol_digest(merged))}",
         headings,
         [_row(one, columns, with_images=any(is_short)) for one in results],
     )

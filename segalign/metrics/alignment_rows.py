@@ -12,8 +12,8 @@ from segalign.evaluation.image_metric import EvaluationSetting, ImageBatch
 from segalign.metrics.denscore import SCALE, denscore_o, mean_direction
 from segalign.metrics.reward_protocol import direction_protocol
 from segalign.metrics.score_groups import mean
-from segalign.metrics.scorer_evaluation import evaluation_mode
 from segalign.metrics.scorer_features import FeatureRows, shared_features
+from segalign.modes import evaluation_mode
 from segalign.rewards.clip_reward import ClipReward
 from segalign.rewards.common_direction import MIN_CORPUS, CorpusDirection
 from segalign.rewards.direction_checks import check_direction, describe_text, text_digest

@@ -20,8 +20,8 @@ from segalign.metrics.retrieval import (
     chance_recall,
 )
 from segalign.metrics.reward_protocol import reward_protocol
-from segalign.metrics.scorer_evaluation import evaluation_mode
 from segalign.metrics.scorer_features import load_reward, shared_features
+from segalign.modes import evaluation_mode
 from segalign.ranks import gather_objects
 from segalign.rewards.clip_reward import ClipReward
 from segalign.rewards.common_direction import CorpusDirection

@@ -25,6 +25,7 @@ from segalign.metrics.feature_statistics import FeatureStatistics
 from segalign.metrics.fixed_point import FEATURE_BITS
 from segalign.metrics.host_gather import gather_to_host
 from segalign.metrics.reference_statistics import ReferenceStatistics
+from segalign.pictures import to_bytes
 from segalign.ranks import gather_objects, own_rank, together, world_size
 from segalign.types import CaptionBatch
 
@@ -195,7 +196,7 @@ def _look(
     seen = _Seen(settings.grid_bits)
     for loaded in eval_loader(manifest, plan, batches, limit=settings.count):
         batch = cast("CaptionBatch", loaded)
-        pixels = (batch["images"] * 255).round().to(torch.uint8).to(device)
+        pixels = to_bytes(batch["images"]).to(device)
         features = extractor(pixels).features
         seen.add(features[batch["valid"].to(device)], keep_rows=settings.keep_rows)
         _note_samples(seen, batch, manifest)

@@ -1,9 +1,18 @@
 """A table that people read in a terminal or as Markdown."""
 
 from dataclasses import dataclass
+from typing import Final
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+_MIN_WIDTH: Final = 120
+
+
+def wide_console() -> Console:
+    """Return a console for tables: one that wraps cannot be read, too wide a line can."""
+    return Console(width=max(Console().width, _MIN_WIDTH))
 
 
 @dataclass(frozen=True)

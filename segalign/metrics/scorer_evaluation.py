@@ -3,12 +3,10 @@
 Dims: B batch, N segments in the batch, T readings of a caption, E joint-embedding width.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from segalign.errors import DataError
 from segalign.metrics.pair_accuracy import PairAccuracy
@@ -16,6 +14,7 @@ from segalign.metrics.pair_buckets import pair_buckets
 from segalign.metrics.ranking import to_fixed_point
 from segalign.metrics.retrieval import Retrieval
 from segalign.metrics.text_readings import AVERAGE, SINGLE, TextReadings
+from segalign.modes import evaluation_mode
 from segalign.rewards.common_direction import CorpusDirection
 from segalign.rewards.decomposition import text_relevant
 from segalign.rewards.direction_checks import check_direction, describe_text, text_digest
@@ -173,15 +172,3 @@ def _check_direction(direction: CorpusDirection | None, scorer: SegmentScorer) -
     common: Tensor = direction.cpu()(torch.zeros(1, scorer.width))
     check_direction(direction, text_digest(scorer), describe_text(scorer.segmenter))
     return common
-
-
-@contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module and its parts in evaluation mode for a block; each part returns to its own."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

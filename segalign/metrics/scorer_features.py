@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from segalign.errors import ConfigError
 from segalign.evaluation.image_metric import EvaluationSetting
 from segalign.metrics.host_gather import gather_to_host
-from segalign.metrics.scorer_evaluation import evaluation_mode
+from segalign.modes import evaluation_mode
 from segalign.ranks import world_size
 from segalign.rewards.batch_directions import BatchDirection, EmaDirection
 from segalign.rewards.clip_reward import ClipReward

@@ -8,7 +8,6 @@ from random import Random
 from typing import Any, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from segalign.data.sources import Members, to_json, to_png
 from segalign.diffusion.generator import TextToImage
 from segalign.diffusion.sampler import DDIMSampler
 from segalign.errors import ConfigError
+from segalign.pictures import to_bytes
 from segalign.rng import counter_seed, counter_uniform
 from segalign.scenes.base import ScenesBase
 from segalign.scenes.grammar import CaptionLength, caption_sentences, join_sentences
@@ -57,7 +57,7 @@ class SceneGenerator:
         captions = [make_sample(_WORLD, seed, i, length="short").caption for i in indices]
         sampler = block_sampler(seed, block)
         noise = model.noise(indices, counter_seed("generated scenes", seed))
-        return (model.sample(captions, noise, sampler) * 255).round().to(torch.uint8)
+        return to_bytes(model.sample(captions, noise, sampler))
 
     def _load(self) -> TextToImage:
         if self._model is None:

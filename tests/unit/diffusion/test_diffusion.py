@@ -4,7 +4,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-from segalign.diffusion.generator import evaluation_mode
 from segalign.diffusion.latent_cache import LatentCache
 from segalign.diffusion.latents import PixelUnshuffleCodec, VAECodec
 from segalign.diffusion.lora import LoraSettings
@@ -12,6 +11,7 @@ from segalign.diffusion.sampler import DDIMSampler
 from segalign.diffusion.schedule import NoiseSchedule
 from segalign.errors import ConfigError
 from segalign.losses.diffusion import denoising_loss, min_snr_weights
+from segalign.modes import evaluation_mode
 
 SD15 = {
     "num_train_timesteps": 1000,
