@@ -11,26 +11,18 @@ from segalign.error_boundary import run_guarded
 from segalign.errors import ConfigError
 
 # Commands that start at once, because they import neither Lightning nor, before they must, torch.
-LIGHT_COMMANDS = {
-    "direction": "segalign.commands.direction",
-    "import": "segalign.commands.import_weights",
-    "results": "segalign.commands.results",
-    "scenes": "segalign.commands.scenes",
-    "shards": "segalign.commands.shards",
-    "stats": "segalign.commands.stats",
-}
-# These may need the module of a run, which `load_run` builds for them.
-RUN_COMMANDS = {
-    "export": "segalign.commands.export",
-    "generate": "segalign.commands.generate",
-}
+_LIGHT = ("direction", "results", "scenes", "shards", "stats")
+LIGHT_COMMANDS = {name: f"segalign.commands.{name}" for name in _LIGHT}
+LIGHT_COMMANDS["import"] = "segalign.commands.import_weights"
+# These may need the module of a run, or the parser of runs; they are handed what builds it.
+RUN_COMMANDS = {name: f"segalign.commands.{name}" for name in ("export", "generate")}
+STUDY_COMMANDS = {"sweep": "segalign.commands.sweep"}
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code of the process."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    return run_guarded(partial(dispatch, arguments))
+    return run_guarded(partial(dispatch, sys.argv[1:] if argv is None else list(argv)))
 
 
 def dispatch(arguments: Sequence[str]) -> int:
@@ -45,10 +37,13 @@ def dispatch(arguments: Sequence[str]) -> int:
     if command in RUN_COMMANDS:
         module = importlib.import_module(RUN_COMMANDS[command])
         return int(module.run(arguments[1:], load_run=load_run) or 0)
+    if command in STUDY_COMMANDS:
+        module = importlib.import_module(STUDY_COMMANDS[command])
+        return int(module.run(arguments[1:], resolve_configs, (sys.executable, __file__)) or 0)
     if command in LIGHTNING_COMMANDS:
         return run_lightning(arguments)
-    known = ", ".join([*LIGHTNING_COMMANDS, *RUN_COMMANDS, *LIGHT_COMMANDS])
-    raise ConfigError(f"expected a command, one of {known}; got `{command}`.")
+    known = (*LIGHTNING_COMMANDS, *RUN_COMMANDS, *STUDY_COMMANDS, *LIGHT_COMMANDS)
+    raise ConfigError(f"expected a command, one of {', '.join(known)}; got `{command}`.")
 
 
 def load_run(*args: Any, **kwargs: Any) -> Any:
@@ -58,22 +53,27 @@ def load_run(*args: Any, **kwargs: Any) -> Any:
     return load_module(*args, **kwargs)
 
 
+def resolve_configs(allow_import: Sequence[str]) -> Any:
+    """Open the parser of runs for configs that are to be run later."""
+    from lightning_modules.config_resolver import ConfigResolver
+
+    return ConfigResolver(run_parts(), allow_import)
+
+
 def run_lightning(arguments: Sequence[str]) -> int:
-    """Put together what every run has, and train or evaluate."""
-    from callbacks import checkpoint, image_writer, progress, run_config, run_loggers, step_rng
+    """Train or evaluate."""
     from lightning_modules import cli
 
-    parts = cli.RunParts(
-        checkpoint=checkpoint.RunCheckpoint,
-        checkpoint_io=checkpoint.SafetensorsCheckpointIO,
-        run_config=run_config.RunConfigWriter,
-        step_rng=step_rng.StepRng,
-        progress_bar=progress.StepProgressBar,
-        image_writer=image_writer.ImageWriter,
-        loggers=run_loggers.run_loggers,
-    )
-    cli.run(arguments, parts)
+    cli.run(arguments, run_parts())
     return 0
+
+
+def run_parts() -> Any:
+    """Put together what every run has."""
+    from callbacks.run_parts import run_parts
+    from lightning_modules.cli import RunParts
+
+    return RunParts(**run_parts())
 
 
 if __name__ == "__main__":

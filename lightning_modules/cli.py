@@ -35,6 +35,7 @@ class RunParts:
 
     Attributes:
         checkpoint: Callback class whose arguments become the ``checkpoint`` key.
+        preemption: Callback class whose arguments become the ``preemption`` key.
         checkpoint_io: Makes the plugin that reads and writes checkpoints.
         run_config: Makes the writer of the run's record, from the resolved config, the command
             line and the names of the config files.
@@ -46,6 +47,7 @@ class RunParts:
     """
 
     checkpoint: type[Callback]
+    preemption: type[Callback]
     checkpoint_io: Callable[[], CheckpointIO]
     run_config: Callable[[dict[str, Any], list[str], list[str]], Callback]
     step_rng: Callable[[int], Callback]
@@ -122,6 +124,7 @@ class SegalignCLI(LightningCLI):
             help="Values that several settings share, used as ${vars.NAME}.",
         )
         parser.add_lightning_class_args(self.parts.checkpoint, "checkpoint")
+        parser.add_lightning_class_args(self.parts.preemption, "preemption")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

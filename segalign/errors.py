@@ -33,3 +33,12 @@ class NonFiniteError(SegalignError, ArithmeticError):
     """Losses, gradients or images were not finite (exit code 70)."""
 
     exit_code = 70
+
+
+class PreemptedError(SegalignError):
+    """Training was stopped by a signal, and its checkpoint is saved (exit code 85).
+
+    It is no failure: the same command with ``--ckpt_path auto`` goes on.
+    """
+
+    exit_code = 85
