@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from callbacks.best_checkpoint import BestValue, MonitorMode
+from callbacks.unfinished_step import UnfinishedStep, forget_later
 from segalign.atomic import make_directory, remove_directory
 from segalign.errors import ConfigError
 from segalign.run_directory import (
@@ -65,7 +66,8 @@ class RunCheckpoint(Checkpoint):
 
     Only what is trained is saved; frozen weights come from where the config says. A checkpoint is
     taken at the end of an optimizer step, before a validation at the same step, so that a resumed
-    run goes on with the very next batch. With ``monitor``, the best checkpoint is kept besides:
+    run goes on with the very next batch; if it was stopped before that validation had ended, it
+    makes up for it first. With ``monitor``, the best checkpoint is kept besides:
     ``checkpoints/best.json`` names it, and ``--ckpt_path best`` evaluates it.
 
     Args:
@@ -99,9 +101,11 @@ class RunCheckpoint(Checkpoint):
         self.overwrite = overwrite
         self._run_dir = Path()
         self._saved_step = 0
+        self._saved_path: Path | None = None
         self._seen_step = 0
         self._at_step_end = False
         self._best = None if monitor is None else BestValue(monitor, monitor_mode)
+        self._unfinished = UnfinishedStep()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -123,15 +127,18 @@ class RunCheckpoint(Checkpoint):
             make_directory(checkpoints_directory(self._run_dir))
             remove_stale(self._run_dir)
             clear_superseded(self._run_dir, start, delete=self.overwrite)
+            forget_later(self._run_dir, start)
         if self._best is not None:
             self._best.take_over(trainer, self._run_dir)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count optimizer steps from here."""
+        """Count optimizer steps from here, after the validation that a stop has cut off."""
         self._saved_step = self._seen_step = trainer.global_step
+        self._saved_path = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
         if self._best is not None:
             self._best.check_schedule(trainer)
+        self._unfinished.make_up(trainer)
 
     @override
     def on_train_batch_end(
@@ -145,6 +152,9 @@ class RunCheckpoint(Checkpoint):
         """Save when an optimizer step has just been taken and a checkpoint is due."""
         step = trainer.global_step
         self._at_step_end, self._seen_step = step > self._seen_step, step
+        self._unfinished.is_due = False
+        if self._at_step_end:
+            self._unfinished.note_step_end(trainer)
         is_due = step // self.every_n_steps > self._saved_step // self.every_n_steps
         if step > self._saved_step and (is_due or step == trainer.max_steps):
             self._save(trainer)
@@ -152,26 +162,29 @@ class RunCheckpoint(Checkpoint):
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep a checkpoint of this step if the monitored value is the best so far."""
-        is_of_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if self._best is None or not is_of_fit:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        value = self._best.look_up(trainer)
-        if getattr(trainer, "fast_dev_run", False):
+        was_due, self._unfinished.is_due = self._unfinished.is_due, False
+        if self._best is not None:
+            self._keep_if_best(trainer, self._best)
+        if was_due and not getattr(trainer, "fast_dev_run", False):
+            self._unfinished.note_validated(trainer, self._run_dir)
+
+    def _keep_if_best(self, trainer: pl.Trainer, best: BestValue) -> None:
+        value = best.look_up(trainer)
+        if getattr(trainer, "fast_dev_run", False) or not best.is_beaten_by(value):
             return
-        if not self._best.is_beaten_by(value):
+        if self.save_step(trainer) is None:
+            _logger.warning("no checkpoint of the best value: a step was under way")
             return
-        if trainer.global_step > self._saved_step:
-            if not self._at_step_end:
-                _logger.warning("no checkpoint of the best value: a step was under way")
-                return
-            self._save(trainer)
-        self._best.keep(trainer, self._run_dir, value)
+        best.keep(trainer, self._run_dir, value)
         if trainer.is_global_zero:
             prune_checkpoints(self._run_dir, self.keep)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what was trained since the last checkpoint, whatever ended the training."""
+        self._unfinished.is_due = False
         if trainer.global_step > self._saved_step:
             self._save(trainer)
         if self._best is not None and self._best.value is None and trainer.is_global_zero:
@@ -179,6 +192,22 @@ class RunCheckpoint(Checkpoint):
                 "there is no best checkpoint: no validation ended with a finite `%s`",
                 self._best.monitor,
             )
+        if not getattr(trainer, "fast_dev_run", False):
+            self._unfinished.note_ended(trainer, self._run_dir)
+
+    def save_step(self, trainer: pl.Trainer) -> Path | None:
+        """Save the last optimizer step, unless that is done; all ranks must call it together.
+
+        It may be called at the end of a training batch, after this callback, and in a validation.
+
+        Returns:
+            The checkpoint of this step; None if there is none and the next step is under way.
+        """
+        if trainer.global_step > self._saved_step:
+            if not self._at_step_end:
+                return None
+            self._save(trainer)
+        return self._saved_path
 
     def _save(self, trainer: pl.Trainer) -> None:
         if getattr(trainer, "fast_dev_run", False):
@@ -186,8 +215,9 @@ class RunCheckpoint(Checkpoint):
         step = trainer.global_step
         for logger in trainer.loggers:
             logger.save()
-        trainer.save_checkpoint(checkpoint_path(self._run_dir, step), weights_only=False)
-        self._saved_step = step
+        path = checkpoint_path(self._run_dir, step)
+        trainer.save_checkpoint(path, weights_only=False)
+        self._saved_step, self._saved_path = step, path
         if trainer.is_global_zero:
             prune_checkpoints(self._run_dir, self.keep)
 
@@ -195,8 +225,9 @@ class RunCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Leave frozen weights out."""
+        """Leave frozen weights out, and say whether a validation is due."""
         checkpoint["state_dict"] = trainable_state_dict(pl_module, checkpoint["state_dict"])
+        self._unfinished.store(checkpoint)
 
     @override
     def on_load_checkpoint(
@@ -204,6 +235,7 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         """Check that every trainable weight was in the checkpoint; loading itself is not strict."""
         _check_loaded(pl_module, checkpoint["state_dict"])
+        self._unfinished.load(trainer, self._run_dir, checkpoint)
 
 
 def _check_loaded(pl_module: pl.LightningModule, state: Mapping[str, Any]) -> None:

@@ -34,7 +34,8 @@ class EvaluationReport(ImageMetricCallback):
 
     ``result.json`` has all numbers with their protocols, seeds and the digest of the prompts;
     ``result.md`` a row for a table; ``images.jsonl`` every image's values; ``result.html`` a page
-    with images, each with the scores of its caption's segments; and there are plots by length.
+    with images, each with the scores of its caption's segments; ``images`` those of the page as
+    files, which the report of a study sets side by side; and there are plots by length.
 
     Args:
         num_pictures: Captions whose images are on the page.

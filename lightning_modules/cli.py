@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -21,6 +21,7 @@ from lightning_modules.config_checks import check_config_files, explain_interpol
 from lightning_modules.known_noise import without_known_noise
 from lightning_modules.resume_checks import check_training, warn_of_other_weights
 from lightning_modules.short_usage_parser import LayeredConfigFile, ShortUsageParser
+from lightning_modules.slurm_environment import slurm_environment
 from segalign.atomic import make_directory
 from segalign.errors import ConfigError
 from segalign.run_directory import stored_step
@@ -182,13 +183,20 @@ class SegalignCLI(LightningCLI):
         plugins = _as_list(settings["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(self.parts.checkpoint_io())
-        return super().instantiate_trainer(
+        own = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
+        slurm = None if own else slurm_environment()
+        plugins += [] if slurm is None else [slurm]
+        trainer = super().instantiate_trainer(
             callbacks=callbacks,
             plugins=plugins,
             logger=self._loggers(settings["logger"]),
             default_root_dir=str(self.run_dir),
             **kwargs,
         )
+        if slurm is not None:
+            # Lightning itself looks only at strategies of several processes.
+            slurm.validate_settings(trainer.num_devices, trainer.num_nodes)
+        return trainer
 
     def _lacks_image_writer(self, callbacks: Sequence[Callback]) -> bool:
         is_written = any(isinstance(callback, self.parts.image_writer) for callback in callbacks)

@@ -15,7 +15,9 @@ _KNOWN_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",
 )
 # Frozen parts evaluate on purpose; the summary counts parameters, whatever the precision.
+# Where SLURM's client is installed, not every run is a job.
 _KNOWN_PARTS = (
+    r".*`srun` command is available on your system but is not used",
     r"Found \d+ module\(s\) in eval mode",
     r"Precision .* is not supported by the model summary",
 )

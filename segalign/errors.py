@@ -42,3 +42,12 @@ class PreemptedError(SegalignError):
     """
 
     exit_code = 85
+
+
+class PrunedError(SegalignError):
+    """Training was stopped by a searcher, because other trials do better (exit code 86).
+
+    It is no failure: the run counts as finished.
+    """
+
+    exit_code = 86

@@ -13,6 +13,9 @@ images and weights:
   export    --checkpoint RUN --format diffusers|lora|official-lora --out DIR
   import    official LoRA lists, adapters, Denscore, LongSD
 
+studies:
+  sweep     plan | run | status | resume | retry | cancel | table | plot | report STUDY
+
 results:
   results   FILE [FILE ...]: results of `test` as one table, if their numbers may be compared
   direction estimate a scorer's common direction, or report what it does to scores

@@ -6,22 +6,40 @@ Dims: H/W pixels.
 import base64
 import io
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:  # a page of files needs none
+    from torch import Tensor
 
 # What base64 makes of it is a third more.
 MAX_BYTES: Final = 3_200_000
+# Pictures with a side below are enlarged without smoothing.
+SMALL_SIDE: Final = 128
 _SCALES: Final = (0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)
 
 
-def data_uri(png: bytes) -> str:
-    """Write a PNG as a URI that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+def data_uri(content: bytes, kind: str = "png") -> str:
+    """Write a picture as a URI that holds it.
+
+    Args:
+        content: The picture's file.
+        kind: Its format, as in ``image/png``.
+    """
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def encode_images(images: Mapping[int, Tensor], max_bytes: int = MAX_BYTES) -> dict[int, bytes]:
+def to_lossless(image: "Tensor") -> bytes:
+    """Encode an image as PNG.
+
+    Args:
+        image: uint8 ``(3, H, W)``.
+    """
+    return _png(_picture(image), 1.0)
+
+
+def encode_images(images: "Mapping[int, Tensor]", max_bytes: int = MAX_BYTES) -> dict[int, bytes]:
     """Encode images as PNG, all at the largest scale at which they fit.
 
     Args:
@@ -44,7 +62,7 @@ def _size(encoded: Mapping[int, bytes]) -> int:
     return sum(map(len, encoded.values()))
 
 
-def _picture(image: Tensor) -> Image.Image:
+def _picture(image: "Tensor") -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 

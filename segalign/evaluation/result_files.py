@@ -1,6 +1,7 @@
-"""The files of a result: numbers, a row for a table, rows by image, plots, and the page."""
+"""The files of a result: numbers, a row for a table, rows by image, images, plots, and the page."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -10,15 +11,25 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from segalign.atomic import make_directory, write_bytes_atomic, write_text_atomic
+from segalign.atomic import (
+    make_directory,
+    move_directory_into_place,
+    recover_directory,
+    remove_directory,
+    storage_errors,
+    temporary_sibling,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 from segalign.evaluation.captions import CaptionRow, captions_digest
 from segalign.evaluation.image_metric import EvaluationSetting, Findings
+from segalign.evaluation.page_pictures import to_lossless
 from segalign.evaluation.result import EvaluationResult, FailedImage, MetricResult, plain
+from segalign.evaluation.result_folder import IMAGES_FOLDER, LINES_FILE, RESULT_FILE, image_name
 from segalign.evaluation.result_page import ResultPage
 from segalign.evaluation.result_plots import draw_lengths, draw_segments, to_png
 from segalign.evaluation.result_table import compare
 
-RESULT_FILE: Final = "result.json"
 _LIBRARIES: Final = (
     "segalign", "torch", "torchvision", "torchmetrics", "torch-fidelity", "diffusers",
     "transformers", "open_clip_torch", "numpy",
@@ -81,7 +92,8 @@ def write_result(
 ) -> list[Path]:
     """Write all files of a result, each whole or not at all; one rank calls it.
 
-    ``result.json`` comes last: where it is, all others are.
+    ``result.json`` comes last: where it is, all others are. So that of an earlier test goes first,
+    once there is room for the images, which are the largest.
 
     Args:
         folder: Where to; it is made if it is missing.
@@ -89,20 +101,21 @@ def write_result(
         rows: The captions.
         findings: What metrics found.
         images: Those that the page shows, uint8 ``(3, H, W)`` by place, see
-            `segalign.evaluation.kept_images.KeptImages`.
+            `segalign.evaluation.kept_images.KeptImages`. They also become files, without loss.
 
     Returns:
-        ``result.md``, ``images.jsonl``, the plots that there is something for, ``result.html`` and
-        ``result.json``.
+        ``result.md``, ``images.jsonl``, ``result.html``, the plots that there is something for, the
+        folder ``images`` if there are any, and ``result.json``.
 
     Raises:
         StorageError: If one cannot be written.
     """
     make_directory(folder)
+    _replace_images(folder, images or {})
     per_image = {name: one for each in findings.values() for name, one in each.per_image.items()}
     texts = {
         "result.md": compare([result]).to_markdown(),
-        "images.jsonl": image_lines(rows, per_image, result.images_per_caption),
+        LINES_FILE: image_lines(rows, per_image, result.images_per_caption),
     }
     plots: dict[str, bytes] = {}
     for name, (alt, draw) in _PLOTS.items():
@@ -114,7 +127,27 @@ def write_result(
         write_text_atomic(folder / name, text)
     result.save(folder / RESULT_FILE)
     drawn = [name for name, (alt, _) in _PLOTS.items() if alt in plots]
-    return [folder / name for name in (*texts, *drawn, RESULT_FILE)]
+    kept = [IMAGES_FOLDER] if images else []
+    return [folder / name for name in (*texts, *drawn, *kept, RESULT_FILE)]
+
+
+def _replace_images(folder: Path, images: Mapping[int, Tensor]) -> None:
+    """Write images as files by place, instead of all that an earlier test has left."""
+    recover_directory(folder)
+    target = folder / IMAGES_FOLDER
+    temporary = temporary_sibling(target)
+    try:
+        make_directory(temporary)
+        for place, image in images.items():
+            write_bytes_atomic(temporary / image_name(place), to_lossless(image))
+        with storage_errors(target):
+            (folder / RESULT_FILE).unlink(missing_ok=True)
+            if images:
+                move_directory_into_place(temporary, target)
+            elif target.exists():
+                remove_directory(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def image_lines(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from segalign.evaluation.captions import CaptionRow
 from segalign.evaluation.heat import HeatScale, HeatSegment, heat_segments
-from segalign.evaluation.page_pictures import data_uri, encode_images
+from segalign.evaluation.page_pictures import SMALL_SIDE, data_uri, encode_images
 from segalign.evaluation.result import EvaluationResult, short
 from segalign.evaluation.result_table import headline, number
 from segalign.generation.image_folder import printable
@@ -25,7 +25,6 @@ from segalign.metrics.score_groups import finite, mean
 
 TEMPLATE: Final = "result_page.html.jinja"
 _SCORES, _SPANS = "segment_scores/", "segment_spans/"
-_SMALL_SIDE: Final = 128
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ class ResultPage:
         return PageImage(
             data_uri(png),
             f"image {place % self.result.images_per_caption}",
-            min(self.images[place].shape[1:]) < _SMALL_SIDE,
+            min(self.images[place].shape[1:]) < SMALL_SIDE,
             scores,
             own.segments if own else [],
             list(strips.values()),

@@ -5,12 +5,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from command_client import CommandServer
 
 from segalign.run_directory import list_checkpoints, newest_checkpoint, read_best
 from segalign.run_format import load_checkpoint
@@ -18,40 +17,9 @@ from segalign.run_format import load_checkpoint
 pytestmark = pytest.mark.e2e
 
 
-class CommandServer:
-    """Starts ``main.py`` commands in real processes without importing the stack each time."""
-
-    def __init__(self, repository: Path):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(repository), str(repository / "tests/toys")]
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "import command_server; command_server.serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=repository,
-        )
-
-    def start(self, arguments: list[str], log: Path) -> int:
-        self.process.stdin.write(json.dumps([arguments, str(log)]) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def wait(self) -> int:
-        return int(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-        self.process.stdout.close()
-
-
 @pytest.fixture(scope="module")
 def server():
-    server = CommandServer(Path(__file__).parents[2])
+    server = CommandServer()
     yield server
     server.close()
 

@@ -52,6 +52,7 @@ LAYERS = {
     "base/fsdp.yaml": "scenes/align.yaml",
     "base/logging.yaml": "scenes/align.yaml",
     "base/metrics.yaml": "longsd.yaml",
+    "base/slurm.yaml": "scenes/align.yaml",
     "base/trainer.yaml": "scenes/align.yaml",
     "debug/denscore_tiny.yaml": "denscore.yaml",
     "debug/longsd_align_tiny.yaml": "longsd_align.yaml",
@@ -60,7 +61,20 @@ LAYERS = {
     "debug/profile.yaml": "scenes/align.yaml",
     "debug/scenes_hacking.yaml": "scenes/reward.yaml",
     "debug/tiny.yaml": "scenes/align.yaml",
+    "sweeps/layers/scenes_align.yaml": "scenes/align.yaml",
+    "sweeps/layers/scenes_direction.yaml": "scenes/reward.yaml",
+    "sweeps/layers/scenes_images.yaml": "scenes/reward.yaml",
+    "sweeps/layers/scenes_reward.yaml": "scenes/reward.yaml",
+    "sweeps/layers/sd15_images.yaml": "longsd.yaml",
 }
+# These are no configs but studies of them; test_sweep_configs.py plans them.
+STUDIES = (
+    "sweeps/directions.yaml",
+    "sweeps/encoders.yaml",
+    "sweeps/reweight.yaml",
+    "sweeps/splitters.yaml",
+    "sweeps/strategies.yaml",
+)
 
 
 def parse(capsys, *names: str, stage: str = "fit") -> dict:
@@ -74,7 +88,7 @@ def parse(capsys, *names: str, stage: str = "fit") -> dict:
 def test_the_table_names_every_file():
     found = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.y*ml")}
     assert sorted(found) == sorted(
-        [*RECIPES, *EVALUATIONS, *EVALUATION_LAYERS, *LAYERS, *ABLATIONS]
+        [*RECIPES, *EVALUATIONS, *EVALUATION_LAYERS, *LAYERS, *ABLATIONS, *STUDIES]
     )
 
 

@@ -11,7 +11,7 @@ import main
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LIGHT = {**main.LIGHT_COMMANDS, **main.RUN_COMMANDS}
+LIGHT = {**main.LIGHT_COMMANDS, **main.RUN_COMMANDS, **main.STUDY_COMMANDS}
 COMMAND = re.compile(rf"main\.py ((?:{'|'.join(LIGHT)}) [^#`\n]*)")
 
 

@@ -29,7 +29,7 @@ def test_help_lists_every_command_without_heavy_imports(repository, arguments):
     assert time.perf_counter() - start < 1
     assert done.returncode == 0
     assert done.stderr.strip() == "[]"
-    for command in (*main.LIGHTNING_COMMANDS, *main.LIGHT_COMMANDS):
+    for command in (*main.LIGHTNING_COMMANDS, *main.STUDY_COMMANDS, *main.LIGHT_COMMANDS):
         assert f"\n  {command} " in done.stdout
 
 

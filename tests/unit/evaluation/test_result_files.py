@@ -3,16 +3,20 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
-from toy_alignment import alignment_setting, brightness, measure, toy_clip_reward
+from toy_alignment import alignment_setting, brightness, measure, toy_clip_reward, toy_pixels
 
 from segalign.errors import StorageError
+from segalign.evaluation import result_files
 from segalign.evaluation.captions import captions_digest
 from segalign.evaluation.image_metric import Findings
 from segalign.evaluation.kept_images import KeptImages
 from segalign.evaluation.result import EvaluationResult
 from segalign.evaluation.result_files import image_lines, make_result, write_result
+from segalign.evaluation.result_folder import image_files
 from segalign.evaluation.result_plots import draw_lengths, draw_segments, to_png
 from segalign.metrics.alignment import Alignment
 
@@ -65,7 +69,7 @@ def test_row_plots_and_page_are_there(written):
     _, findings, _, folder, paths = written
     assert [path.name for path in paths] == [
         "result.md", "images.jsonl", "result.html", "by_length.png", "by_segment.png",
-        "result.json",
+        "images", "result.json",
     ]  # fmt: skip
     assert sorted(folder.iterdir()) == sorted(paths)
     assert "| toy | 13 |" in (folder / "result.md").read_text()
@@ -89,6 +93,66 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, written):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"^expected to be able to write"):
         write_result(tmp_path / "file", result, setting.rows, findings)
+
+
+def test_images_of_the_page_are_files(tmp_path, written):
+    setting, _, result, *_ = written
+    images = {place: toy_pixels(place) for place in (1, 0, 3)}
+    paths = write_result(tmp_path, result, setting.rows, {}, images)
+    assert paths[-2:] == [tmp_path / "images", tmp_path / "result.json"]
+    found = image_files(tmp_path)
+    assert [(place, path.name) for place, path in found.items()] == [
+        (0, "000000.png"), (1, "000001.png"), (3, "000003.png"),
+    ]  # fmt: skip
+    for place, path in found.items():
+        assert torch.equal(_read(path), images[place])
+
+
+def test_another_test_leaves_no_image_of_the_first(tmp_path, written):
+    setting, _, result, *_ = written
+    write_result(tmp_path, result, setting.rows, {}, {p: toy_pixels(p) for p in (0, 1, 2)})
+    (tmp_path / ".images.tmp-0123456789ab").mkdir()
+    write_result(tmp_path, result, setting.rows, {}, {2: toy_pixels(7)})
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["000002.png"]
+    assert torch.equal(_read(tmp_path / "images" / "000002.png"), toy_pixels(7))
+    write_result(tmp_path, result, setting.rows, {})
+    assert image_files(tmp_path) == {}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "result.md", "images.jsonl", "result.html", "result.json",
+    }  # fmt: skip
+
+
+def test_where_a_result_is_its_images_are(tmp_path, written, monkeypatch):
+    setting, _, result, *_ = written
+    write_result(tmp_path, result, setting.rows, {}, {0: toy_pixels(0)})
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    # Stopped before the images are there, it leaves all of the first test; after, no result.
+    with monkeypatch.context() as patched:
+        patched.setattr(result_files, "to_lossless", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_result(tmp_path, result, setting.rows, {}, {0: toy_pixels(1)})
+    assert (tmp_path / "result.json").is_file()
+    assert torch.equal(_read(tmp_path / "images" / "000000.png"), toy_pixels(0))
+    assert list(tmp_path.glob(".*")) == []
+    with monkeypatch.context() as patched:
+        patched.setattr(result_files, "image_lines", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_result(tmp_path, result, setting.rows, {}, {0: toy_pixels(1)})
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_files_of_other_names_are_no_images(tmp_path):
+    assert image_files(tmp_path / "none") == {}
+    (tmp_path / "images").mkdir()
+    names = ("000012.png", "1000000.png", "0000013.png", "14.png", "00001a.png", "000015.jpg",
+             ".000016.png.tmp-0123456789ab")  # fmt: skip
+    for name in names:
+        (tmp_path / "images" / name).write_bytes(b"")
+    found = {place: path.name for place, path in image_files(tmp_path).items()}
+    assert found == {12: "000012.png", 1000000: "1000000.png"}
 
 
 def test_plots_show_means_and_numbers(written):
@@ -116,3 +180,7 @@ def test_lines_are_strict_json():
     )
     assert json.loads(text)["a"] is None
     assert text.encode()
+
+
+def _read(path) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from segalign.atomic import write_text_atomic
-from segalign.launch.run_folder import STATE_FILE, sweep_folder
+from segalign.launch.running.run_folder import STATE_FILE, sweep_folder
 
 
 class RunStatus(StrEnum):

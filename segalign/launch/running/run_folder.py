@@ -5,10 +5,12 @@
     RUN/sweep/spec.json          id and stages: which configs this directory belongs to
     RUN/sweep/fit.yaml           resolved config of a stage, with this directory in it
     RUN/sweep/test.yaml
-    RUN/sweep/state.json         how far it is, see segalign.launch.run_state
+    RUN/sweep/state.json         how far it is, see segalign.launch.running.run_state
     RUN/sweep/heartbeat          its time of change says when its supervisor was last alive
     RUN/sweep/lock               held by whoever runs it, and by the processes that it starts
+    RUN/sweep/cancel             while it is there, nobody runs it
     RUN/sweep/attempt-1.log      what an attempt printed
+    RUN/sweep/supervisor.log     what supervisors printed that were started on this machine
 
 Pure standard library.
 """
@@ -20,6 +22,8 @@ SPEC_FILE: Final = "spec.json"
 STATE_FILE: Final = "state.json"
 HEARTBEAT_FILE: Final = "heartbeat"
 LOCK_FILE: Final = "lock"
+CANCEL_FILE: Final = "cancel"
+SUPERVISOR_LOG: Final = "supervisor.log"
 
 
 def sweep_folder(run_dir: Path) -> Path:

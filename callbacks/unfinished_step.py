@@ -1,0 +1,121 @@
+"""What follows a step's checkpoint, and is made up for where a stop has cut it off."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+
+from segalign.atomic import write_text_atomic
+from segalign.run_directory import checkpoint_step, checkpoints_directory
+
+_DUE = "validation_due"
+_FILE = "followed.json"
+_VALIDATED, _ENDED = "validated", "ended"
+
+
+class UnfinishedStep:
+    """The validation after a step's checkpoint, and the end of the training after the last one.
+
+    A checkpoint is taken before both, and says whether a validation is due. What has followed is
+    noted in the run directory's ``checkpoints/followed.json``; so a resumed run knows what a stop
+    has cut off, does it once, and logs it at the step where it belongs.
+
+    Attributes:
+        is_due: Whether a validation follows the step that was just taken.
+    """
+
+    def __init__(self) -> None:
+        self.is_due = False
+        self._owed_step: int | None = None
+        self._max_steps: int | None = None
+
+    # Before a stop
+
+    def note_step_end(self, trainer: pl.Trainer) -> None:
+        """See whether a validation follows."""
+        fetcher: Any = trainer.fit_loop._data_fetcher
+        self.is_due = bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
+
+    def store(self, checkpoint: dict[str, Any]) -> None:
+        """Say in a checkpoint whether a validation is due."""
+        checkpoint[_DUE] = self.is_due
+
+    def note_validated(self, trainer: pl.Trainer, run_dir: Path) -> None:
+        """Record that the validation of this step is done."""
+        _note(trainer, run_dir, _VALIDATED)
+
+    def note_ended(self, trainer: pl.Trainer, run_dir: Path) -> None:
+        """Record that the training ended at this step, with all that belongs to its end."""
+        _note(trainer, run_dir, _ENDED)
+
+    # After it
+
+    def load(self, trainer: pl.Trainer, run_dir: Path, checkpoint: dict[str, Any]) -> None:
+        """See what a stop has cut off after the checkpoint that a run of this directory resumes."""
+        if trainer.state.fn != TrainerFn.FITTING or _DUE not in checkpoint:
+            return
+        step = int(checkpoint["global_step"])
+        if not _is_of(run_dir, trainer.ckpt_path):
+            return
+        followed = trainer.strategy.broadcast(_read(run_dir) if trainer.is_global_zero else {})
+        # Validations come in the order of their steps: one of a later step is of this one too.
+        if checkpoint[_DUE] and followed.get(_VALIDATED, -1) < step:
+            self._owed_step = step
+        if 0 <= trainer.max_steps <= step and followed.get(_ENDED) != step:
+            # Lightning does not even begin a training that has no step left.
+            self._max_steps = trainer.max_steps
+            trainer.fit_loop.epoch_loop.max_steps = step + 1
+
+    def make_up(self, trainer: pl.Trainer) -> None:
+        """Validate, if that was cut off, as the training loop does it after a step."""
+        loop = trainer.fit_loop.epoch_loop
+        if self._max_steps is not None:
+            loop.max_steps, self._max_steps = self._max_steps, None
+        if self._owed_step is None or self._owed_step != trainer.global_step:
+            return
+        self._owed_step = None
+        self.is_due = True
+        connector = trainer._logger_connector
+        is_first = connector._first_loop_iter
+        trainer.validating = True
+        loop.val_loop.restarting = False
+        loop.val_loop.run()
+        trainer.training = True
+        connector._first_loop_iter = is_first
+
+
+def forget_later(run_dir: Path, start: Path | None) -> None:
+    """Forget what has followed steps that are taken once more, or of another run."""
+    step = checkpoint_step(start) if start is not None and _is_of(run_dir, start) else 0
+    followed = _read(run_dir)
+    kept = {event: at for event, at in followed.items() if event == _VALIDATED or at <= step}
+    if kept.get(_VALIDATED, 0) > step:
+        kept[_VALIDATED] = step
+    if kept != followed:
+        _write(run_dir, kept)
+
+
+def _note(trainer: pl.Trainer, run_dir: Path, event: str) -> None:
+    if trainer.is_global_zero:
+        _write(run_dir, {**_read(run_dir), event: trainer.global_step})
+
+
+def _is_of(run_dir: Path, checkpoint: Any) -> bool:
+    own = checkpoints_directory(run_dir).resolve()
+    return checkpoint is not None and Path(checkpoint).resolve().parent == own
+
+
+def _read(run_dir: Path) -> dict[str, int]:
+    """Read the record; one that is missing or damaged knows nothing."""
+    try:
+        record = json.loads((checkpoints_directory(run_dir) / _FILE).read_bytes())
+        return {str(event): int(step) for event, step in record.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(run_dir: Path, followed: dict[str, int]) -> None:
+    path = checkpoints_directory(run_dir) / _FILE
+    write_text_atomic(path, json.dumps(followed) + "\n")

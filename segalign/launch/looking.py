@@ -1,0 +1,95 @@
+"""What a started study can be asked: how far it is, and what came out."""
+
+import sys
+from collections.abc import Mapping
+from typing import Final, Literal
+
+from rich.console import Console
+
+from segalign.atomic import write_text_atomic
+from segalign.errors import ConfigError
+from segalign.launch.findings.ablation import AblationTable
+from segalign.launch.findings.ablation_formats import to_csv, to_latex, to_markdown, to_rich
+from segalign.launch.findings.ablation_numbers import make_table, unknown_metrics
+from segalign.launch.plan import Plan, unique_runs
+from segalign.launch.planning import plan_is_stale
+from segalign.launch.running.local_controller import cancel_local
+from segalign.launch.running.observing import ObservedRun, observe
+from segalign.launch.running.status_table import failure_lines, status_rows, summary
+from segalign.launch.slurm.slurm_jobs import cancel_jobs, queued_runs
+from segalign.launch.study import Study
+from segalign.metrics.report_table import wide_console
+
+TableFormat = Literal["text", "markdown", "csv", "latex"]
+_SUFFIXES: Final[Mapping[str, str]] = {"markdown": "md", "csv": "csv", "latex": "tex"}
+
+
+def show_status(study: Study) -> None:
+    """Print how far every run is.
+
+    Raises:
+        DataError: If the study has not been started.
+    """
+    _, observed = look(study)
+    wide_console().print(status_rows(observed).to_rich())
+    for line in failure_lines(observed):
+        say(line)
+    say(summary(observed))
+
+
+def cancel(study: Study) -> None:
+    """Stop all that runs or waits; finished runs stay."""
+    plan = Plan.load(study.folder)
+    num_local = cancel_local(unique_runs(plan.runs))
+    num_jobs = cancel_jobs(study.folder)
+    say(f"stopped {num_local} runs on this machine and {num_jobs} on the cluster")
+
+
+def show_table(study: Study, kind: TableFormat) -> None:
+    """Print the table, and keep it in the study's folder in all formats.
+
+    Raises:
+        DataError: If the study has not been started, or numbers may not be compared.
+        ConfigError: If a metric is not known; the table is printed first.
+    """
+    plan, observed = look(study)
+    table = make_table(study, plan, observed)
+    texts = {"markdown": to_markdown(table), "csv": to_csv(table), "latex": to_latex(table)}
+    for name, text in texts.items():
+        write_text_atomic(study.folder / f"table.{_SUFFIXES[name]}", text)
+    if kind == "text":
+        wide_console().print(to_rich(table))
+    else:
+        sys.stdout.write(texts[kind])
+    refuse_unknown(table)
+
+
+def refuse_unknown(table: AblationTable) -> None:
+    """End with an error if no finished run has a metric; what has numbers has been shown.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    if lines := unknown_metrics(table):
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        raise ConfigError(lines[0] + more)
+
+
+def look(study: Study) -> tuple[Plan, list[ObservedRun]]:
+    """Read the plan of a started study, and see how far its runs are.
+
+    Raises:
+        DataError: If the study has not been started.
+    """
+    plan = Plan.load(study.folder)
+    if plan_is_stale(study, plan):
+        say(
+            "note: the study or one of its configs has changed since `sweep run`; this is of the "
+            "plan made then"
+        )
+    return plan, observe(unique_runs(plan.runs), queued_runs(study.folder))
+
+
+def say(text: str) -> None:
+    """Print text as it is."""
+    Console().print(text, soft_wrap=True, markup=False, highlight=False)

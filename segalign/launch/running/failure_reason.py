@@ -1,0 +1,66 @@
+"""Why a process failed, in one line, from what it printed last. Pure standard library."""
+
+import re
+import signal
+from pathlib import Path
+from typing import Final
+
+_TAIL: Final = 64 * 1024  # bytes
+_LONGEST: Final = 500  # characters
+# `srun --label` puts the number of a task before each line.
+_LINE = re.compile(r"^(?:\d+: )?(.*)$")
+_TOLD: Final = ("error: ", "stopped: ")
+_TRACEBACK: Final = "Traceback (most recent call last):"
+
+
+def failure_reason(log: Path, exit_code: int, start: int = 0) -> str:
+    """Say why a process failed.
+
+    Args:
+        log: What it printed.
+        exit_code: Its exit code; negative, or 128 and more, is the signal that ended it.
+        start: Where in the log it began to print.
+    """
+    lines = _tail(log, start)
+    told = [line for line in lines if line.startswith(_TOLD)]
+    if told:
+        return told[-1].partition(": ")[2][:_LONGEST]
+    signalled = signal_reason(exit_code)
+    raised = _last_exception(lines)
+    if signalled is None and raised is None:
+        return f"ended with exit code {exit_code} and no message"
+    return signalled or (raised or "")[:_LONGEST]
+
+
+def signal_reason(exit_code: int) -> str | None:
+    """Name the signal that an exit code tells of; None if it tells of none."""
+    number = -exit_code if exit_code < 0 else exit_code - 128
+    if number not in {*signal.Signals}:
+        return None
+    text = f"killed by signal {number} ({signal.Signals(number).name})"
+    return f"{text}: out of memory?" if number == signal.SIGKILL else text
+
+
+def _tail(log: Path, start: int) -> list[str]:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(start, log.stat().st_size - _TAIL))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    # Progress bars write over their line.
+    return [_unlabelled(line) for line in re.split(r"[\r\n]+", text)]
+
+
+def _unlabelled(line: str) -> str:
+    match = _LINE.match(line)
+    return line if match is None else match.group(1)
+
+
+def _last_exception(lines: list[str]) -> str | None:
+    """Find the line of the last traceback that names its exception."""
+    starts = [number for number, line in enumerate(lines) if line.startswith(_TRACEBACK)]
+    if not starts:
+        return None
+    rest = lines[starts[-1] + 1 :]
+    return next((line for line in rest if line and not line.startswith(" ")), None)

@@ -1,0 +1,106 @@
+"""One process at a time runs a run: whoever holds the lock on ``RUN/sweep/lock``.
+
+The lock belongs to an open file, not to a process. A supervisor's child inherits the file, so that
+a child whose supervisor was killed keeps others away for as long as it lives, and nothing has to be
+cleaned up after any kill. Pure standard library.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from segalign.atomic import make_directory, storage_errors
+from segalign.errors import ConfigError
+from segalign.launch.running.run_folder import LOCK_FILE, sweep_folder
+
+_HELD: Final = (errno.EWOULDBLOCK, errno.EACCES)
+_UNSUPPORTED: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+# Those who look at a lock hold it for a moment themselves.
+_PATIENCE: Final = 1.0  # seconds
+_logger = logging.getLogger(__name__)
+
+
+class RunHeldError(ConfigError):
+    """A run that another process runs already (exit code 69, ``EX_UNAVAILABLE``)."""
+
+    exit_code = 69
+
+
+def held_elsewhere(run_dir: Path) -> RunHeldError:
+    """Word the error of a run that is running already."""
+    return RunHeldError(
+        f"expected a run that nobody runs; `{run_dir}` is running already. Wait for it, see "
+        "`python main.py sweep status STUDY`, or stop it with `python main.py sweep cancel STUDY`."
+    )
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[Sequence[int]]:
+    """Hold the lock of a run.
+
+    Yields:
+        What a child has to inherit so as to hold it too: one file descriptor, or none where the
+        file system has no locks, which is logged.
+
+    Raises:
+        RunHeldError: If another process holds it.
+        StorageError: If the file cannot be opened.
+    """
+    make_directory(sweep_folder(run_dir))
+    path = sweep_folder(run_dir) / LOCK_FILE
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield (descriptor,) if _take(descriptor, run_dir) else ()
+    finally:
+        # Closed, not unlocked: unlocking would take it from a child that lives on.
+        os.close(descriptor)
+
+
+def is_locked(run_dir: Path) -> bool | None:
+    """Say whether somebody on this machine holds a run's lock; None if that cannot be told."""
+    try:
+        descriptor = os.open(sweep_folder(run_dir) / LOCK_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        # Shared, so that those who look do not see each other.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return True if error.errno in _HELD else None
+    else:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, run_dir: Path) -> bool:
+    """Lock an open file; return False where there are no locks."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                _logger.warning(
+                    "`%s` is on a file system without locks (%s): whether it is running already is "
+                    "told by its heartbeat alone",
+                    run_dir,
+                    error.strerror,
+                )
+                return False
+            if error.errno not in _HELD:
+                raise
+            if time.monotonic() > deadline:
+                raise held_elsewhere(run_dir) from error
+            time.sleep(0.01)
+        else:
+            return True

@@ -1,0 +1,117 @@
+"""How far the runs of a study are, as people read it."""
+
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from segalign.launch.running.observing import ObservedRun
+from segalign.launch.running.run_folder import SUPERVISOR_LOG, attempt_log, sweep_folder
+from segalign.launch.running.run_state import RunStatus
+from segalign.metrics.report_table import ReportTable
+
+_HEADINGS: Final = ["variant", "seed", "run", "status", "step", "alive", "note"]
+# Most runs log a step every few seconds; a validation or the first batch may take minutes.
+_SLOW_SECONDS: Final = 600.0
+# A line that does not fit makes a table unreadable.
+_NOTE_WIDTH: Final = 48
+_ORDER: Final = (
+    RunStatus.RUNNING,
+    RunStatus.QUEUED,
+    RunStatus.PENDING,
+    RunStatus.PREEMPTED,
+    RunStatus.PRUNED,
+    RunStatus.CANCELLED,
+    RunStatus.DEAD,
+    RunStatus.FAILED,
+)
+
+
+def status_rows(observed: Sequence[ObservedRun]) -> ReportTable:
+    """List runs, each with its step, when it was last alive, and in short what is wrong."""
+    return ReportTable(title="runs", headings=list(_HEADINGS), rows=[_row(one) for one in observed])
+
+
+def summary(observed: Sequence[ObservedRun]) -> str:
+    """Count runs by status, such as ``4 of 6 done, 1 running, 1 failed``."""
+    counts = Counter(one.status for one in observed)
+    parts = [f"{counts[RunStatus.DONE]} of {len(observed)} done"]
+    parts += [f"{counts[status]} {status}" for status in _ORDER if counts[status]]
+    return ", ".join(parts)
+
+
+def failure_lines(observed: Sequence[ObservedRun]) -> list[str]:
+    """Say in full why runs have failed or died, and which log tells more; one line for each."""
+    wrong = (RunStatus.FAILED, RunStatus.DEAD)
+    return [f"{describe_change(one)}{_log(one)}" for one in observed if one.status in wrong]
+
+
+def describe_change(observed: ObservedRun) -> str:
+    """Say in one line what a run does now."""
+    run = observed.run
+    text = f"{run.label}, seed {run.seed} ({run.run_id}): {observed.status}"
+    note = _note(observed)
+    return f"{text}: {note}" if note else text
+
+
+def describe_seconds(seconds: float) -> str:
+    """Write a duration as people say it, such as ``12 min``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.0f} h"
+    return f"{seconds / 86400:.0f} days"
+
+
+def _row(one: ObservedRun) -> list[str]:
+    alive = "" if one.beat_age is None else f"{describe_seconds(one.beat_age)} ago"
+    note = textwrap.shorten(_note(one), _NOTE_WIDTH, placeholder=" ...")
+    return [one.run.label, str(one.run.seed), one.run.run_id, one.status, _step(one), alive, note]
+
+
+def _step(one: ObservedRun) -> str:
+    if one.step is None:
+        return ""
+    return str(one.step) if one.max_steps is None else f"{one.step}/{one.max_steps}"
+
+
+def _note(one: ObservedRun) -> str:
+    if one.status is RunStatus.FAILED:
+        return _failure(one)
+    if one.status is RunStatus.DEAD:
+        return "nobody runs it any more: killed, or its machine went down"
+    if one.status is RunStatus.PRUNED and one.state is not None:
+        return one.state.reason
+    if one.status is RunStatus.PREEMPTED:
+        return "goes on from its checkpoint"
+    if one.status is RunStatus.RUNNING:
+        return _activity(one)
+    return ""
+
+
+def _failure(one: ObservedRun) -> str:
+    if one.state is None:
+        return ""
+    code = one.state.exit_code
+    # A negative one is a signal, which the reason names.
+    return one.state.reason if code is None or code < 0 else f"exit {code}: {one.state.reason}"
+
+
+def _activity(one: ObservedRun) -> str:
+    if one.state is not None and "fit" in one.state.stages_done:
+        return "testing"
+    if one.progress_age is not None and one.progress_age >= _SLOW_SECONDS:
+        return f"no step for {describe_seconds(one.progress_age)}"
+    return ""
+
+
+def _log(one: ObservedRun) -> str:
+    """Name the file that tells more, if there is one."""
+    attempt = 1 if one.state is None else one.state.attempt
+    directory = one.run.directory
+    logs: list[Path] = [attempt_log(directory, attempt), sweep_folder(directory) / SUPERVISOR_LOG]
+    found = next((log for log in logs if log.exists()), None)
+    return "" if found is None else f" See `{found}`."
