@@ -1,6 +1,7 @@
 """Let a searcher stop a run that falls behind its other trials."""
 
 import logging
+import signal as signals
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from callbacks.preemption import keep_handlers, let_children_end
+from callbacks.signal_flag import ignore
 from segalign.errors import PrunedError, SegalignError
 from segalign.launch.searching.trial_storage import (
     TrialRecord,
@@ -75,18 +78,19 @@ class OptunaPruning(Callback):
         """End the run, on all ranks alike, if it has fallen behind.
 
         Raises:
-            PrunedError: If so.
+            PrunedError: If so, on rank 0.
+            SystemExit: If so, on the others, which say nothing and end with the same code.
         """
-        if self._is_behind:
-            error = PrunedError(
-                f"pruned by the searcher at step {trainer.global_step}: by `{self.monitor}`, "
-                "other trials do better."
-            )
-            if not trainer.is_global_zero:
-                # Lightning kills rank 0 where it sees that a process it has started ends in error;
-                # that may be before rank 0 has ended itself, whose code is the one that counts.
-                error.exit_code = 0
-            raise error
+        if not self._is_behind:
+            return
+        if trainer.world_size > 1:
+            _end_together(trainer)
+        if not trainer.is_global_zero:
+            raise SystemExit(PrunedError.exit_code)
+        raise PrunedError(
+            f"pruned by the searcher at step {trainer.global_step}: by `{self.monitor}`, "
+            "other trials do better."
+        )
 
     def _open_judge(self, record: TrialRecord) -> Any:
         integration = import_optuna("optuna_integration")
@@ -119,3 +123,11 @@ class OptunaPruning(Callback):
         if text not in self._said:
             self._said.add(text)
             _logger.warning("%s", text)
+
+
+def _end_together(trainer: pl.Trainer) -> None:
+    """Keep a rank that has ended from having the others killed, by Lightning or by ``srun``."""
+    ignore(signals.SIGTERM)
+    keep_handlers(trainer)
+    let_children_end(trainer)
+    trainer.strategy.barrier()

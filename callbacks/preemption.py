@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
@@ -21,8 +21,8 @@ from segalign.launch.slurm.requeue import RequeueOutcome, requeue, slurm_job
 class Preemption(Checkpoint):
     """Answer a signal with a checkpoint, a requeue, and exit code 85.
 
-    The signal's handler only sets a flag. At the end of every optimizer step, and after every batch
-    of a validation, the ranks agree whether any of them has been told; then all stop at this very
+    The signal's handler only sets a flag. At the end of an optimizer step, and after every batch of
+    a validation, the ranks agree whether any of them has been told; then all stop at this very
     step. A checkpoint of it is saved, unless there is one, and rank 0 puts the SLURM job back into
     its queue. A resumed run goes on as if nothing had happened: what a stop has cut off, such as a
     validation, is made up for. It works without SLURM too: ``kill -USR1 PID``.
@@ -34,6 +34,8 @@ class Preemption(Checkpoint):
         signal: What the cluster sends before it takes the machine away; null answers none.
         requeue: Put the SLURM job back into its queue, once all is saved.
         max_requeues: How often a job may be put back.
+        every_n_steps: Agree every so many optimizer steps. With hundreds of ranks and short steps,
+            a few are cheaper; the signal must then come that much earlier.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class Preemption(Checkpoint):
         signal: Literal["USR1", "USR2", "TERM"] | None = None,
         requeue: bool = True,
         max_requeues: NonNegativeInt = 20,
+        every_n_steps: PositiveInt = 1,
     ) -> None:
         super().__init__()
         self.signal = signal
         self.requeue = requeue
         self.max_requeues = max_requeues
+        self.every_n_steps = every_n_steps
         self._flag: SignalFlag | None = None
         self._group: Any = None
         self._seen_step = 0
@@ -77,9 +81,13 @@ class Preemption(Checkpoint):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Meet the other ranks on the CPU, so that no answer waits for a GPU."""
+        """Meet the other ranks on the CPU, so that no answer waits for a GPU.
+
+        Raises:
+            ConfigError: If they cannot be reached so.
+        """
         if self._flag is not None and trainer.world_size > 1:
-            self._group = distributed.new_group(backend="gloo")
+            self._group = _meet()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -116,9 +124,10 @@ class Preemption(Checkpoint):
         batch_idx: int,
     ) -> None:
         """Save and requeue after an optimizer step; stop as soon as that step has been logged."""
-        is_at_step_end = trainer.global_step > self._seen_step
-        self._seen_step = trainer.global_step
-        if is_at_step_end and self._is_told():
+        every, step, seen_step = self.every_n_steps, trainer.global_step, self._seen_step
+        self._seen_step = step
+        # Steps are counted alike on all ranks, whatever each of them has been told.
+        if step // every > seen_step // every and self._is_told():
             self._answer(trainer, _checkpoints(trainer).save_step(trainer))
 
     @override
@@ -196,8 +205,8 @@ class Preemption(Checkpoint):
         assert self._flag is not None
         ignore(self._flag.number)
         ignore(signals.SIGTERM)  # which ends a job that is requeued
-        _keep_handlers(trainer)
-        _let_children_end(trainer)
+        keep_handlers(trainer)
+        let_children_end(trainer)
         told: list[RequeueOutcome | None] = [None]
         if self._group is not None:
             distributed.barrier(self._group)
@@ -208,6 +217,18 @@ class Preemption(Checkpoint):
         line = _say(self._flag.number.name, trainer.global_step, checkpoint, told[0])
         self._stop = PreemptedError(line)
         return self._stop
+
+
+def _meet() -> Any:
+    try:
+        return distributed.new_group(backend="gloo")
+    except RuntimeError as error:
+        said = (str(error).strip().splitlines() or ["nothing"])[0]
+        raise ConfigError(
+            "expected the ranks to reach each other over Gloo, to agree when a signal comes; it "
+            f"says: {said}. Often a host name stands for 127.0.0.1: set GLOO_SOCKET_IFNAME to the "
+            "network interface that joins the nodes, such as `eth0`, or `preemption.signal: null`."
+        ) from error
 
 
 def _say(name: str, step: int, checkpoint: Path | None, outcome: RequeueOutcome | None) -> str:
@@ -228,13 +249,13 @@ def _checkpoints(trainer: pl.Trainer) -> RunCheckpoint:
     return next(callback for callback in callbacks if isinstance(callback, RunCheckpoint))
 
 
-def _keep_handlers(trainer: pl.Trainer) -> None:
+def keep_handlers(trainer: pl.Trainer) -> None:
     """Keep Lightning from putting back the handlers of before: they would end this process."""
     trainer._signal_connector._original_handlers = {}
 
 
-def _let_children_end(trainer: pl.Trainer) -> None:
-    """Keep Lightning from killing this process because those that it started end with code 85."""
+def let_children_end(trainer: pl.Trainer) -> None:
+    """Keep Lightning from killing this process because those that it started end with a code."""
     launched: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
     launched.clear()
 

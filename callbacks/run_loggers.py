@@ -93,9 +93,11 @@ class RunCSVLogger(Logger):
     def _read(self) -> list[dict[str, str]]:
         if not self.metrics_file.exists():
             return []
-        with self.metrics_file.open(newline="", encoding="utf-8") as file:
-            # A kill in the middle of a write leaves a last row that is cut off.
-            return [row for row in csv.DictReader(file) if _is_whole(row)]
+        content = self.metrics_file.read_bytes()
+        # A kill in the middle of a write leaves a last row that is cut off, maybe inside a number.
+        table = content[: content.rfind(b"\n") + 1].decode("utf-8")
+        rows = csv.DictReader(io.StringIO(table, newline=""))
+        return [row for row in rows if _is_whole(row)]
 
     def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
         self._columns = columns

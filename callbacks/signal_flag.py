@@ -11,7 +11,8 @@ class SignalFlag:
     """Note that a signal has come, and do nothing else.
 
     Processes forked while it listens, such as those that load data, live on when the signal
-    reaches them too. Handlers belong to the main thread; elsewhere nothing is noted.
+    reaches them too, or the SIGTERM that ends a job after another signal: were they to end first,
+    their parent would fail. Handlers belong to the main thread; elsewhere nothing is noted.
 
     Args:
         number: The signal.
@@ -34,14 +35,15 @@ class SignalFlag:
         if not self._is_listening:
             self._previous = previous
             self._is_listening = True
-            if self.number == signal.SIGTERM:
-                os.register_at_fork(after_in_child=self._heed_parent_alone)
+            os.register_at_fork(after_in_child=self._heed_parent_alone)
 
     def stop(self) -> None:
         """Put back the handler that was there before; a signal that still comes here goes on."""
         if not self._is_listening:
             return
         self._is_listening = False
+        if signal.getsignal(self.number) == signal.SIG_IGN:
+            return  # somebody needs the process to end by itself
         # In C, some library may have put its own in place, which Python sees as None.
         signal.signal(self.number, signal.SIG_DFL if self._previous is None else self._previous)
 

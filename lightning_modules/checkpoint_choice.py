@@ -1,9 +1,45 @@
-"""Which checkpoint ``--ckpt_path`` means."""
+"""Which checkpoint ``--ckpt_path`` means, to all ranks alike."""
 
 from pathlib import Path
 
-from segalign.errors import ConfigError
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from segalign.errors import ConfigError, DataError
+from segalign.ranks import gather_objects
 from segalign.run_directory import best_checkpoint, newest_checkpoint, resolve_checkpoint
+
+
+class SameCheckpoint(Callback):
+    """Compare, before any rank loads it, the checkpoints that the ranks have found by themselves.
+
+    Args:
+        found: What this rank has found.
+    """
+
+    def __init__(self, found: Path | None) -> None:
+        super().__init__()
+        self._found = found
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Meet the other ranks, who have started by now.
+
+        Raises:
+            DataError: If one of them has found another checkpoint, or none.
+        """
+        found = gather_objects("none" if self._found is None else f"`{self._found.name}`")
+        if len(set(found)) == 1:
+            return
+        kinds = [
+            f"{name} on {found.count(name)} of them, first on rank {found.index(name)}"
+            for name in dict.fromkeys(found)
+        ]
+        raise DataError(
+            f"expected all {len(found)} ranks to find the same checkpoint; got {', '.join(kinds)}. "
+            "Perhaps a file system has shown some of them an old listing: start again."
+        )
 
 
 def find_checkpoint(

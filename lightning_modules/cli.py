@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from omegaconf.errors import InterpolationKeyError
 from typing_extensions import override
 
-from lightning_modules.checkpoint_choice import find_checkpoint
+from lightning_modules.checkpoint_choice import SameCheckpoint, find_checkpoint
 from lightning_modules.class_paths import permitted_classes
 from lightning_modules.config_checks import check_config_files, explain_interpolation
 from lightning_modules.known_noise import without_known_noise
@@ -173,6 +173,7 @@ class SegalignCLI(LightningCLI):
         callbacks += [
             self.parts.run_config(self._plain_config(), self.command, sources),
             self.parts.step_rng(int(seed)),
+            SameCheckpoint(self.checkpoint),
         ]
         if settings["enable_progress_bar"] is not False and not any(
             isinstance(callback, ProgressBar) for callback in callbacks

@@ -13,9 +13,10 @@ from segalign.launch.findings.ablation_formats import to_csv, to_latex, to_markd
 from segalign.launch.findings.ablation_numbers import make_table, unknown_metrics
 from segalign.launch.plan import Plan, unique_runs
 from segalign.launch.planning import plan_is_stale
-from segalign.launch.running.local_controller import cancel_local
+from segalign.launch.running.cancelling import cancel_local
 from segalign.launch.running.observing import ObservedRun, observe
 from segalign.launch.running.status_table import failure_lines, status_rows, summary
+from segalign.launch.slurm.slurm_commands import ClusterError
 from segalign.launch.slurm.slurm_jobs import cancel_jobs, queued_runs
 from segalign.launch.study import Study
 from segalign.metrics.report_table import wide_console
@@ -38,10 +39,18 @@ def show_status(study: Study) -> None:
 
 
 def cancel(study: Study) -> None:
-    """Stop all that runs or waits; finished runs stay."""
+    """Stop all that runs or waits; finished runs stay.
+
+    Raises:
+        DataError: If the study has not been started.
+        ClusterError: If the cluster does not answer; nothing runs on this machine all the same.
+    """
     plan = Plan.load(study.folder)
-    num_local = cancel_local(unique_runs(plan.runs))
-    num_jobs = cancel_jobs(study.folder)
+    try:
+        # First: a job on this very machine would take the end of its processes for a failure.
+        num_jobs = cancel_jobs(study.folder)
+    finally:
+        num_local = cancel_local(unique_runs(plan.runs))
     say(f"stopped {num_local} runs on this machine and {num_jobs} on the cluster")
 
 
@@ -78,6 +87,8 @@ def refuse_unknown(table: AblationTable) -> None:
 def look(study: Study) -> tuple[Plan, list[ObservedRun]]:
     """Read the plan of a started study, and see how far its runs are.
 
+    A cluster that does not answer is told of: what waits in its queue looks as if nobody had it.
+
     Raises:
         DataError: If the study has not been started.
     """
@@ -87,7 +98,12 @@ def look(study: Study) -> tuple[Plan, list[ObservedRun]]:
             "note: the study or one of its configs has changed since `sweep run`; this is of the "
             "plan made then"
         )
-    return plan, observe(unique_runs(plan.runs), queued_runs(study.folder))
+    try:
+        queued = queued_runs(study.folder)
+    except ClusterError as error:
+        queued = {}
+        say(f"note: runs in the cluster's queue are not shown as such: {error}")
+    return plan, observe(unique_runs(plan.runs), queued)
 
 
 def say(text: str) -> None:

@@ -18,6 +18,7 @@ from segalign.launch.searching.search import OptunaSearch
 from segalign.launch.searching.search_rounds import search_round
 from segalign.launch.slurm.sbatch_script import sbatch_text
 from segalign.launch.slurm.slurm_jobs import queued_runs, submit
+from segalign.launch.slurm.slurm_records import next_record_file
 from segalign.launch.study import Study
 from segalign.metrics.report_table import wide_console
 
@@ -39,7 +40,7 @@ def show_plan(study: Study, resolve: ResolveConfig, program: Sequence[str]) -> N
     if study.slurm is not None:
         per_task = study.slurm.runs_per_task
         num_tasks = -(-len(unique_runs(planned.plan.runs)) // per_task)
-        runs_file = study.folder / "jobs" / "001.runs"
+        runs_file = next_record_file(study.folder).with_suffix(".runs")
         text = sbatch_text(
             study, num_tasks=num_tasks, runs_file=runs_file, program=program, options=()
         )
@@ -156,6 +157,9 @@ def _launch(
         say("nothing to start")
     elif launcher.backend == "slurm":
         job = submit(study, runs, program, launcher.options)
+        if not job.runs:
+            say(f"nothing to start: the queue has all of them already, as {job.job_id}")
+            return
         say(f"{len(job.runs)} runs are put into the queue as job {job.job_id}: {job.script}")
     else:
         say(f"starting {len(runs)} runs, {launcher.num_parallel} at a time")

@@ -10,8 +10,6 @@ from segalign.launch.points import UNNAMED, expand
 from segalign.launch.study import (
     Arm,
     Axis,
-    MetricSpec,
-    PlotSettings,
     ReportSettings,
     SearchSettings,
     SlurmSettings,
@@ -20,6 +18,7 @@ from segalign.launch.study import (
     TestSettings,
 )
 from segalign.launch.study_axes import read_axes
+from segalign.launch.study_metrics import read_metrics, read_plots
 from segalign.launch.study_place import (
     Place,
     as_dataclass,
@@ -63,7 +62,7 @@ _STAGES: Final = (["fit"], ["fit", "test"])
 def load_study(
     path: Path, *, base: Sequence[Path] | None = None, folder: Path | None = None
 ) -> Study:
-    """Read a study.
+    """Read a study; its folders become absolute, so that its plan holds from anywhere.
 
     Args:
         path: Its YAML file.
@@ -80,6 +79,7 @@ def load_study(
     search = _read_search(content.get("search"), place)
     axes = read_axes(content.get("grid"), content.get("zip"), place)
     stages = _read_stages(content, place)
+    metrics = read_metrics(content, stages, place)
     study = Study(
         name=name,
         file=path,
@@ -89,17 +89,17 @@ def load_study(
         axes=axes,
         seeds=_read_seeds(content.get("seeds", [0]), place),
         exclude=_read_exclude(content.get("exclude"), place),
-        metrics=_read_metrics(content, stages, place),
+        metrics=metrics,
         base_arm=content.get("base_arm"),
         stages=stages,
         test=_read_test(content.get("test"), place),
         slurm=_read_slurm(content, place),
         max_gpu_hours=_read_budget(content, place),
         search=search,
-        plots=as_dataclass(PlotSettings, content.get("plots", {}), place.of("`plots`"), "{}"),
+        plots=read_plots(content.get("plots", {}), metrics, place),
         report=_read_report(content.get("report", {}), place),
-        folder=folder or _read_path(content, "folder", _SWEEPS / name, place),
-        runs_folder=_read_path(content, "runs_folder", _SWEEPS / "runs", place),
+        folder=(folder or _read_path(content, "folder", _SWEEPS / name, place)).absolute(),
+        runs_folder=_read_path(content, "runs_folder", _SWEEPS / "runs", place).absolute(),
     )
     _check_ranges(study, place)
     _check_base_arm(study, place)
@@ -189,29 +189,6 @@ def _read_test(content: Any, place: Place) -> TestSettings:
     check_keys(content, ("configs", "settings", "checkpoint"), here)
     rest = as_dataclass(TestSettings, content, here, "{checkpoint: best}")
     return TestSettings(configs=configs, settings=settings, checkpoint=rest.checkpoint)
-
-
-def _read_metrics(
-    content: Mapping[str, Any], stages: Sequence[str], place: Place
-) -> tuple[MetricSpec, ...]:
-    here, found = place.of("`metrics`"), []
-    for entry in as_list(content["metrics"], here, "[val/loss]") if "metrics" in content else ():
-        given = {"name": entry} if isinstance(entry, str) else entry
-        given = as_mapping(given, here, "{name: test/fid, label: FID, mode: min}")
-        if not isinstance(given.get("name"), str):
-            raise here.error("the name of each metric", brief(dict(given)), "add `name`")
-        metric = as_dataclass(
-            MetricSpec, {"label": given["name"], **given}, here.of(f"`{given['name']}`"), ""
-        )
-        kind = metric.name.partition("/")[0]
-        if kind not in ("train", "val", "test") or metric.name.endswith("/"):
-            advice = "write it as it is logged"
-            raise here.error("`train/...`, `val/...` or `test/...`", f"`{metric.name}`", advice)
-        if kind == "test" and "test" not in stages:
-            advice = "write `stages: [fit, test]`"
-            raise here.error("metrics of stages that are run", f"`{metric.name}`", advice)
-        found.append(metric)
-    return tuple(found)
 
 
 def _read_slurm(content: Mapping[str, Any], place: Place) -> SlurmSettings | None:

@@ -128,6 +128,24 @@ def test_a_signal_to_the_rank_that_launches_the_others_ends_it_with_its_code(con
     assert newest_checkpoint(run_dir).name == "step-00000004"
 
 
+def test_ranks_that_find_other_checkpoints_do_not_start(fit, servers, config, tmp_path):
+    run_dir = tmp_path / "run"
+    assert [code for code, _ in fit(run_dir, "--trainer.max_steps=2")] == [0, 0]
+    said = (
+        "error: expected all 2 ranks to find the same checkpoint; got `step-00000002` on 1 of "
+        "them, first on rank 0, none on 1 of them, first on rank 1. "
+    )
+    # Rank 1 sees a directory as it was before there were checkpoints.
+    logs = [tmp_path / "seen.txt", tmp_path / "unseen.txt"]
+    for server, log, seen in zip(servers, logs, [run_dir, tmp_path / "old"], strict=True):
+        server.start(command(config, seen, "--trainer.max_steps=4")[2:], log)
+    assert [server.wait() for server in servers] == [65, 65]
+    for log in logs:
+        assert len(re.findall("^error: ", log.read_text(), re.MULTILINE)) == 1
+        assert said in log.read_text()
+        assert "Traceback" not in log.read_text()
+
+
 def test_a_stopped_process_waits_for_no_worker(run_dir, toy_config):
     # Workers that load data have inherited the handler; the interpreter ends them by SIGTERM.
     options = ["--data=toy_signals.WorkerData", "--data.init_args.seed=7"]

@@ -230,6 +230,24 @@ def test_workers_that_load_data_outlive_the_signal(fits, straight, run_dir, numb
     assert losses(run_dir) == losses(straight())
 
 
+def test_workers_outlive_what_ends_the_job_before_the_run_has_ended(fits, straight, run_dir):
+    workers = ["--data=toy_signals.WorkerData", "--data.init_args.seed=7"]
+    group = ["--trainer.callbacks+=toy_signals.Group"]
+    sent = sending(signal.SIGUSR1, 6, to_group=True)
+    # What this callback does before the next step comes after the answer to the first signal.
+    later = {"number": int(signal.SIGTERM), "at_step": 7, "to_group": True}
+    ending = [
+        "--trainer.callbacks+=toy_signals.Signal",
+        f"--trainer.callbacks.init_args={json.dumps(later)}",
+        "--trainer.callbacks+=toy_signals.Wait",
+        f"--trainer.callbacks.init_args={json.dumps({'at_step': 7, 'seconds': 0.5})}",
+    ]
+    assert fits.run(run_dir, *workers, *group, *sent, *ending) == STOPPED, fits.log.read_text()
+    assert "saved in" in fits.stopped()
+    assert fits.run(run_dir, *workers) == 0
+    assert losses(run_dir) == losses(straight())
+
+
 NUM_SIGNALS = 20
 
 

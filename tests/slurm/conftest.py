@@ -1,5 +1,6 @@
 """A SLURM cluster of two fake nodes, started once for this folder."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -43,7 +44,6 @@ def cluster(tmp_path_factory) -> Path:
 def _on_cluster(cluster, repository, monkeypatch):
     """Make the commands of this process, and its jobs, find cluster and project."""
     monkeypatch.setenv("SLURM_CONF", str(cluster))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     places = [str(repository), str(repository / "tests/toys")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
@@ -78,14 +78,15 @@ def wait():
 
 @pytest.fixture
 def send_signal():
-    """Send USR1 as the cluster does before it takes the nodes away: to a step, not to its job.
+    """Send USR1 to a job as the cluster does before it takes the nodes away.
 
-    A signal for a task whose array has others that wait would be sent again and again, also to the
-    next life of the task.
+    The supervisor gets it, and nobody else. For a task whose array has others that wait, scancel
+    would send it again after five seconds, and so to the next life of the task.
     """
 
-    def send(job: str, step: int = 0) -> None:
-        subprocess.run(["scancel", "--signal=USR1", f"{job}.{step}"], check=True)
+    def send(task: str) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(["scancel", "--batch", "--signal=USR1", task], check=True, timeout=3)
 
     return send
 

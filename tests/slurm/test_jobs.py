@@ -139,7 +139,7 @@ def test_a_preempted_task_goes_on_where_it_was(study, program, wait, send_signal
     runs = make_runs(study, (0, 0), (SECONDS_OF_A_LONG_RUN, 0))
     job = submit(study, runs, program, [])
     wait(lambda: lives(runs[1]))
-    send_signal(f"{job.job_id}_0", step=1)
+    send_signal(f"{job.job_id}_0")
     wait(lambda: len(lives(runs[1])) == 2)
     wait(lambda: not queued_runs(study.folder))
     assert statuses(runs) == ["done", "done"], output(study)
@@ -156,6 +156,19 @@ def test_a_job_that_the_cluster_takes_back_is_no_failure(study, program, wait):
     assert queued_runs(study.folder) == {run.directory: f"{job.job_id}_0"}
     wait(lambda: not queued_runs(study.folder))
     assert statuses([run]) == ["done"], output(study)
+
+
+def test_a_run_gives_way_to_a_partition_that_matters_more_and_goes_on(study, program, wait):
+    [run] = make_runs(study, (SECONDS_OF_A_LONG_RUN, 0))
+    submit(study, [run], program, [])
+    wait(lambda: lives(run))
+    urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1"]
+    subprocess.run(urgent, capture_output=True, check=True)
+    wait(lambda: statuses([run]) == ["preempted"])
+    assert list(queued_runs(study.folder)) == [run.directory]
+    wait(lambda: not queued_runs(study.folder))
+    assert statuses([run]) == ["done"], output(study)
+    assert (len(lives(run)), read_state(run.directory).attempt) == (2, 2)
 
 
 def test_an_array_that_is_too_large_names_the_limit_and_a_value_that_fits(study, program):

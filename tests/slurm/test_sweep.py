@@ -41,7 +41,8 @@ class StudyCommands:
             "name": "toy",
             "base": [str(folder / "base.yaml")],
             "metrics": ["train/loss"],
-            "slurm": {"time": "10", "signal_seconds": 30},
+            # Names of toy nodes do not resolve.
+            "slurm": {"time": "10", "signal_seconds": 30, "setup": ["MASTER_ADDR=127.0.0.1"]},
             "folder": str(self.folder),
             "runs_folder": str(folder / "runs"),
         }

@@ -54,7 +54,10 @@ def test_two_ranks_train_to_the_end_and_to_the_same_end_when_preempted(
         name="toy",
         file=tmp_path / "toy.yaml",
         base=(),
-        slurm=SlurmSettings(time="10", nodes=2, tasks_per_node=1, signal_seconds=30),
+        # Names of toy nodes do not resolve.
+        slurm=SlurmSettings(
+            time="10", nodes=2, signal_seconds=30, setup=["export MASTER_ADDR=127.0.0.1"]
+        ),
         folder=tmp_path / "toy",
         runs_folder=tmp_path / "runs",
     )

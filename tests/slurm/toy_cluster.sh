@@ -65,13 +65,16 @@ ReturnToService=2
 KillWait=3
 InactiveLimit=0
 MaxArraySize=8
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 CONFIG
     for port in "${ports[@]:1}"; do
       index=$((index + 1))
       echo "NodeName=node$index NodeHostname=$host NodeAddr=127.0.0.1 Port=$port CPUs=1" \
         "RealMemory=4000 State=UNKNOWN"
     done
-    echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
+    echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1"
+    echo "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF"
   } >"$base/slurm.conf"
 }
 
@@ -111,7 +114,9 @@ until_silent() {
   done
 }
 
-all_idle() { [[ $(sinfo --noheader --Node --format=%t 2>/dev/null | grep -cx idle) == "$num_nodes" ]]; }
+all_idle() {
+  [[ $(sinfo --noheader --Node --partition=main --format=%t 2>/dev/null | grep -cx idle) == "$num_nodes" ]]
+}
 
 start_daemons() {
   local index

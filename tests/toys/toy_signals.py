@@ -52,14 +52,28 @@ class Signal(Callback):
 
 
 class SlowEnd(Callback):
-    """Let rank 0 end some seconds after the others."""
+    """Let rank 0 end some seconds after the others, and then by a signal if it heeds it."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float, number: int = 0):
         super().__init__()
-        self.seconds = seconds
+        self.seconds, self.number = seconds, number
 
     def on_exception(self, trainer, pl_module, exception):
-        time.sleep(self.seconds if trainer.is_global_zero else 0)
+        if trainer.is_global_zero:
+            time.sleep(self.seconds)
+            if self.number:
+                signal.raise_signal(self.number)
+
+
+class Wait(Callback):
+    """Give signals the time to do what they do, before a step."""
+
+    def __init__(self, at_step: int, seconds: float):
+        super().__init__()
+        self.at_step, self.seconds = at_step, seconds
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        time.sleep(self.seconds if trainer.global_step == self.at_step else 0)
 
 
 class Group(Callback):

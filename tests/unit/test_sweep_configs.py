@@ -130,7 +130,7 @@ def test_headers_ask_a_question_and_show_the_commands(name):
     text = header(name)
     assert "?" in text
     assert f"python main.py sweep run configs/sweeps/{name}.yaml --local 2" in text
-    assert re.search(r"Hardware: two CPU cores, (about )?\d+ minutes", text)
+    assert re.search(r"Hardware: two CPU cores, (about |\d+ to )?\d+ minutes", text)
     assert "Expected: " in text
 
 

@@ -5,11 +5,15 @@ import signal
 from pathlib import Path
 from typing import Final
 
+from segalign.errors import PreemptedError, PrunedError
+
 _TAIL: Final = 64 * 1024  # bytes
 _LONGEST: Final = 500  # characters
 # `srun --label` puts the number of a task before each line.
 _LINE = re.compile(r"^(?:\d+: )?(.*)$")
 _TOLD: Final = ("error: ", "stopped: ")
+_PRUNED: Final = "stopped: pruned by the searcher"
+_PREEMPTED: Final = re.compile(r"stopped: SIG\w+ came")
 _TRACEBACK: Final = "Traceback (most recent call last):"
 
 
@@ -23,6 +27,9 @@ def failure_reason(log: Path, exit_code: int, start: int = 0) -> str:
     """
     lines = _tail(log, start)
     told = [line for line in lines if line.startswith(_TOLD)]
+    if exit_code in (PreemptedError.exit_code, PrunedError.exit_code):
+        # Other processes may have failed because one of them stopped.
+        told = [line for line in told if line.startswith("stopped: ")] or told
     if told:
         return told[-1].partition(": ")[2][:_LONGEST]
     signalled = signal_reason(exit_code)
@@ -30,6 +37,35 @@ def failure_reason(log: Path, exit_code: int, start: int = 0) -> str:
     if signalled is None and raised is None:
         return f"ended with exit code {exit_code} and no message"
     return signalled or (raised or "")[:_LONGEST]
+
+
+def unmasked_code(log: Path, exit_code: int, start: int = 0) -> int:
+    """Find the exit code of the process that ended first, if a launcher hides it.
+
+    A launcher ends the other processes of a run when one has ended, and returns the largest code:
+    that of a signal, which the others got from the launcher itself.
+
+    Args:
+        log: What they printed.
+        exit_code: The exit code of the launcher.
+        start: Where in the log they began to print.
+
+    Returns:
+        86 or 85 if one says that it was pruned or preempted; 1 if one has failed, for the log does
+        not tell with which code; else the exit code of the launcher.
+    """
+    if signal_reason(exit_code) is None:
+        return exit_code
+    lines = _tail(log, start)
+    if any(line.startswith(_PRUNED) for line in lines):
+        return PrunedError.exit_code
+    if any(_PREEMPTED.match(line) for line in lines):
+        return PreemptedError.exit_code
+    raised = _last_exception(lines) or ""
+    # The launcher's signal also ends the workers of a process, which says so.
+    has_raised = raised != "" and "killed by signal: Terminated" not in raised
+    has_failed = has_raised or any(line.startswith("error: ") for line in lines)
+    return 1 if has_failed else exit_code
 
 
 def signal_reason(exit_code: int) -> str | None:

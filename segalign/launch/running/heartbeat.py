@@ -7,6 +7,7 @@ library.
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -50,13 +51,13 @@ def beat_limit(run_dir: Path) -> float:
     return MISSED_BEATS * seconds
 
 
-def beats_on(run_dir: Path) -> bool:
-    """Watch until a beat comes or is overdue; say whether one came.
+def beats_on(run_dir: Path, is_told: Callable[[], bool] = lambda: False) -> bool:
+    """Watch until a beat comes or is overdue, or until told to stop; say whether one came.
 
     Only changes count, not the age of a beat: clocks of machines differ.
     """
     first, deadline = last_beat(run_dir), time.monotonic() + beat_limit(run_dir)
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not is_told():
         if last_beat(run_dir) != first:
             return True
         time.sleep(0.05)

@@ -14,7 +14,6 @@ from typing import Final
 from segalign.errors import PreemptedError, SegalignError, StorageError
 from segalign.launch.plan import PlannedRun, unique_runs
 from segalign.launch.running.cancel_request import is_cancel_requested, withdraw_cancel
-from segalign.launch.running.cancelling import cancel_local as cancel_local
 from segalign.launch.running.local_supervisor import LocalSupervisor
 from segalign.launch.running.observing import ObservedRun, observe
 from segalign.launch.running.run_lock import RunHeldError, run_lock

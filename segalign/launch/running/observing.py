@@ -93,7 +93,8 @@ def _status(
 ) -> RunStatus:
     if state is not None and state.status in FINISHED:
         return state.status
-    if is_held or _is_running_elsewhere(directory, state, is_held):
+    is_held_here = is_held and not _is_lost_elsewhere(directory, state)
+    if is_held_here or _is_running_elsewhere(directory, state, is_held):
         return RunStatus.RUNNING
     if is_cancel_requested(directory) and not _has_failed(state):
         return RunStatus.CANCELLED
@@ -112,6 +113,15 @@ def _is_running_elsewhere(directory: Path, state: RunState | None, is_held: bool
         return False
     age = _age(last_beat(directory))
     return age is not None and age < beat_limit(directory)
+
+
+def _is_lost_elsewhere(directory: Path, state: RunState | None) -> bool:
+    """Say whether another machine stopped beating: a file server keeps its lock for a while."""
+    if state is None or state.status is not RunStatus.RUNNING:
+        return False
+    age = _age(last_beat(directory))
+    is_here = state.host == socket.gethostname()
+    return not is_here and age is not None and age >= beat_limit(directory)
 
 
 def _has_failed(state: RunState | None) -> bool:

@@ -10,6 +10,7 @@
     RUN/sweep/lock               held by whoever runs it, and by the processes that it starts
     RUN/sweep/cancel             while it is there, nobody runs it
     RUN/sweep/attempt-1.log      what an attempt printed
+    RUN/sweep/attempt-1.claim    who makes or made that attempt: host and job
     RUN/sweep/supervisor.log     what supervisors printed that were started on this machine
 
 Pure standard library.

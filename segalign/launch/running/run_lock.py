@@ -11,7 +11,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,9 +20,9 @@ from segalign.errors import ConfigError
 from segalign.launch.running.run_folder import LOCK_FILE, sweep_folder
 
 _HELD: Final = (errno.EWOULDBLOCK, errno.EACCES)
-_UNSUPPORTED: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+UNSUPPORTED: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 # Those who look at a lock hold it for a moment themselves.
-_PATIENCE: Final = 1.0  # seconds
+PATIENCE: Final = 1.0  # seconds
 _logger = logging.getLogger(__name__)
 
 
@@ -41,8 +41,15 @@ def held_elsewhere(run_dir: Path) -> RunHeldError:
 
 
 @contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[Sequence[int]]:
+def run_lock(
+    run_dir: Path, patience: float = PATIENCE, is_told: Callable[[], bool] = lambda: False
+) -> Iterator[Sequence[int]]:
     """Hold the lock of a run.
+
+    Args:
+        run_dir: The run directory.
+        patience: How long to wait for it, in seconds.
+        is_told: Says that there is no more time to wait.
 
     Yields:
         What a child has to inherit so as to hold it too: one file descriptor, or none where the
@@ -50,14 +57,16 @@ def run_lock(run_dir: Path) -> Iterator[Sequence[int]]:
 
     Raises:
         RunHeldError: If another process holds it.
-        StorageError: If the file cannot be opened.
+        StorageError: If the file cannot be opened or locked.
     """
     make_directory(sweep_folder(run_dir))
     path = sweep_folder(run_dir) / LOCK_FILE
     with storage_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield (descriptor,) if _take(descriptor, run_dir) else ()
+        with storage_errors(path):
+            is_certain = _take(descriptor, run_dir, patience, is_told)
+        yield (descriptor,) if is_certain else ()
     finally:
         # Closed, not unlocked: unlocking would take it from a child that lives on.
         os.close(descriptor)
@@ -82,14 +91,14 @@ def is_locked(run_dir: Path) -> bool | None:
         os.close(descriptor)
 
 
-def _take(descriptor: int, run_dir: Path) -> bool:
+def _take(descriptor: int, run_dir: Path, patience: float, is_told: Callable[[], bool]) -> bool:
     """Lock an open file; return False where there are no locks."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _UNSUPPORTED:
+            if error.errno in UNSUPPORTED:
                 _logger.warning(
                     "`%s` is on a file system without locks (%s): whether it is running already is "
                     "told by its heartbeat alone",
@@ -99,7 +108,7 @@ def _take(descriptor: int, run_dir: Path) -> bool:
                 return False
             if error.errno not in _HELD:
                 raise
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or is_told():
                 raise held_elsewhere(run_dir) from error
             time.sleep(0.01)
         else:

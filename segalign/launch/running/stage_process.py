@@ -11,7 +11,6 @@ from typing import Final
 
 from segalign.atomic import storage_errors
 from segalign.errors import ConfigError
-from segalign.launch.running.stopping import StopRequest
 
 _POLL: Final = 0.1  # seconds
 
@@ -21,7 +20,8 @@ def run_stage(
     log: Path,
     *,
     inherited: Sequence[int],
-    stop: StopRequest,
+    take_forwarded: Callable[[], Sequence[signal.Signals]],
+    parting: Callable[[], Sequence[signal.Signals]],
     beat: Callable[[], None],
     beat_seconds: float,
     grace_seconds: float,
@@ -32,10 +32,13 @@ def run_stage(
         command: The command line.
         log: What it prints is appended here.
         inherited: File descriptors that it keeps.
-        stop: As soon as it is asked, the group gets SIGTERM.
+        take_forwarded: Returns the signals that the group is to get and that have come since the
+            last call.
+        parting: Returns the signals that are to end the group, none as long as it may go on. It
+            gets one after another, and SIGKILL after the last.
         beat: Called every ``beat_seconds``.
         beat_seconds: See ``beat``.
-        grace_seconds: How long a group that got SIGTERM may take before SIGKILL.
+        grace_seconds: How long a group may take after each of them.
 
     Returns:
         The exit code; negative is the signal that ended it. No process of the group is left.
@@ -46,7 +49,7 @@ def run_stage(
     """
     process = _start(command, log, inherited)
     try:
-        return _wait(process, stop, beat, beat_seconds, grace_seconds)
+        return _wait(process, take_forwarded, parting, beat, beat_seconds, grace_seconds)
     finally:
         # Workers and other ranks may have outlived the process that started them.
         _tell(process, signal.SIGKILL)
@@ -76,25 +79,24 @@ def _start(command: Sequence[str], log: Path, inherited: Sequence[int]) -> subpr
 
 def _wait(
     process: subprocess.Popen[bytes],
-    stop: StopRequest,
+    take_forwarded: Callable[[], Sequence[signal.Signals]],
+    parting: Callable[[], Sequence[signal.Signals]],
     beat: Callable[[], None],
     beat_seconds: float,
     grace_seconds: float,
 ) -> int:
     next_beat = time.monotonic() + beat_seconds
-    deadline: float | None = None
+    told, next_telling = 0, 0.0
     while (code := process.poll()) is None:
         now = time.monotonic()
         if now >= next_beat:
             beat()
             next_beat = now + beat_seconds
-        for name in stop.take_forwarded():
+        for name in take_forwarded():
             _tell(process, name)
-        if stop.signal is not None and deadline is None:
-            _tell(process, signal.SIGTERM)
-            deadline = now + grace_seconds
-        if deadline is not None and now > deadline:
-            _tell(process, signal.SIGKILL)
+        if (names := parting()) and now >= next_telling:
+            _tell(process, names[told] if told < len(names) else signal.SIGKILL)
+            told, next_telling = told + 1, now + grace_seconds
         time.sleep(_POLL)
     return code
 

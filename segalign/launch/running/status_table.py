@@ -1,5 +1,6 @@
 """How far the runs of a study are, as people read it."""
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ _HEADINGS: Final = ["variant", "seed", "run", "status", "step", "alive", "note"]
 _SLOW_SECONDS: Final = 600.0
 # A line that does not fit makes a table unreadable.
 _NOTE_WIDTH: Final = 48
+# As whoever asked for it has written it down, after the number of the job.
+_NOT_REQUEUED: Final = re.compile(r"not requeued: [^;]*")
 _ORDER: Final = (
     RunStatus.RUNNING,
     RunStatus.QUEUED,
@@ -42,9 +45,11 @@ def summary(observed: Sequence[ObservedRun]) -> str:
 
 
 def failure_lines(observed: Sequence[ObservedRun]) -> list[str]:
-    """Say in full why runs have failed or died, and which log tells more; one line for each."""
-    wrong = (RunStatus.FAILED, RunStatus.DEAD)
-    return [f"{describe_change(one)}{_log(one)}" for one in observed if one.status in wrong]
+    """Say in full why runs have failed or died, and which log tells more; one line for each.
+
+    So does a run that was stopped and could not be put back into the queue.
+    """
+    return [f"{describe_change(one)}{_log(one)}" for one in observed if _is_wrong(one)]
 
 
 def describe_change(observed: ObservedRun) -> str:
@@ -64,6 +69,12 @@ def describe_seconds(seconds: float) -> str:
     if seconds < 48 * 3600:
         return f"{seconds / 3600:.0f} h"
     return f"{seconds / 86400:.0f} days"
+
+
+def _is_wrong(one: ObservedRun) -> bool:
+    if one.status is RunStatus.PREEMPTED:
+        return _not_requeued(one) is not None
+    return one.status in (RunStatus.FAILED, RunStatus.DEAD)
 
 
 def _row(one: ObservedRun) -> list[str]:
@@ -86,10 +97,23 @@ def _note(one: ObservedRun) -> str:
     if one.status is RunStatus.PRUNED and one.state is not None:
         return one.state.reason
     if one.status is RunStatus.PREEMPTED:
-        return "goes on from its checkpoint"
+        return _preemption(one)
     if one.status is RunStatus.RUNNING:
         return _activity(one)
     return ""
+
+
+def _preemption(one: ObservedRun) -> str:
+    why = _not_requeued(one)
+    if why is None:
+        return "goes on from its checkpoint with `sweep resume`"
+    return f"`sweep resume` goes on; {why}"
+
+
+def _not_requeued(one: ObservedRun) -> str | None:
+    """Find why a run's job did not go back into its queue; None if nothing is known of it."""
+    found = None if one.state is None else _NOT_REQUEUED.search(one.state.reason)
+    return None if found is None else found.group()
 
 
 def _failure(one: ObservedRun) -> str:

@@ -12,10 +12,10 @@ from segalign.launch.study import SlurmSettings, Study
 _SHELL_NAMES: Final = ("bash", "interactive")
 
 _MASTER_ADDRESS: Final = """\
-# Where the processes of a run meet: the first node, unless the environment names another.
-if [ -z "$MASTER_ADDR" ]; then
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-fi
+# Where the processes of a run meet: the first node. The shell that submitted this job decides
+# nothing; the study's `slurm.setup`, which follows, may.
+unset MASTER_PORT
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR"""
 
 # With exec, the signals and the exit code of the job are those of the supervisor itself.
@@ -46,7 +46,7 @@ def sbatch_text(
         for option in _request(study.name, slurm, num_tasks, runs_file)
     )
     supervisor = " \\\n  ".join(_supervisor(slurm, runs_file, program, options))
-    blocks = [f"#!/bin/bash\n{request}", *slurm.setup, _MASTER_ADDRESS]
+    blocks = [f"#!/bin/bash\n{request}", _MASTER_ADDRESS, *slurm.setup]
     return "\n\n".join([*blocks, f"{_SUPERVISOR}\nexec {supervisor}"]) + "\n"
 
 
@@ -86,8 +86,8 @@ def _request(name: str, slurm: SlurmSettings, num_tasks: int, runs_file: Path) -
         yield f"--gpus-per-node={slurm.gpus_per_node}"
     yield from _optional(slurm)
     yield f"--time={slurm.time}"
-    # To the steps, which are the runs' processes, and not to the supervisor.
-    yield f"--signal={slurm.signal}@{slurm.signal_seconds}"
+    # To the supervisor, which hands it on: a signal for steps is lost while there is none.
+    yield f"--signal=B:{slurm.signal}@{slurm.signal_seconds}"
     yield "--requeue"
     yield "--open-mode=append"
     yield f"--output={output}-%a.out"

@@ -1,14 +1,20 @@
 """Ask SLURM, and turn what it refuses into one line."""
 
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from segalign.errors import ConfigError, SegalignError
 
 # Longer than SLURM's own attempts to reach a controller that does not answer.
 _SECONDS = 120.0
+# Settings of commands, and what an allocation says of itself to those that are called inside it.
+_FOREIGN: Final = ("SBATCH_", "SCANCEL_", "SCONTROL_", "SLURM_", "SQUEUE_", "SRUN_")
+# Which cluster, and who asks.
+_KEPT: Final = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _SPEAKER = re.compile(r"^\w+: (error|fatal): ")
 
 
@@ -38,6 +44,9 @@ def require_sbatch() -> None:
 def call(*command: str, pass_fds: Sequence[int] = ()) -> str:
     """Run a command of SLURM and return what it prints.
 
+    Settings in the environment do not count, so that a user's profile hides no job, and an
+    allocation from which a job is submitted is not taken for the job's own.
+
     Args:
         command: The command line.
         pass_fds: Open files that it keeps open, such as a lock, should this process die.
@@ -49,6 +58,7 @@ def call(*command: str, pass_fds: Sequence[int] = ()) -> str:
     try:
         done = subprocess.run(  # noqa: S603
             command,
+            env=own_environment(os.environ),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -67,6 +77,15 @@ def call(*command: str, pass_fds: Sequence[int] = ()) -> str:
     if done.returncode != 0:
         raise CommandFailedError(_one_line(done.stderr or done.stdout))
     return done.stdout
+
+
+def own_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Leave out what would change the meaning of a command, or of the job that it submits."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _KEPT or not name.startswith(_FOREIGN)
+    }
 
 
 def unanswered(reason: object) -> ClusterError:

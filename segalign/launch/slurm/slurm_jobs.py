@@ -4,11 +4,13 @@ Only `sbatch`, `squeue`, `scancel` and `scontrol` are asked, so that it works wi
 """
 
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 from segalign.atomic import make_directory, write_text_atomic
 from segalign.errors import ConfigError
@@ -25,6 +27,7 @@ from segalign.launch.slurm.slurm_commands import (
     require_sbatch,
     unanswered,
 )
+from segalign.launch.slurm.slurm_queue import ask, find_job, live_tasks
 from segalign.launch.slurm.slurm_records import (
     JobRecord,
     jobs_lock,
@@ -34,10 +37,15 @@ from segalign.launch.slurm.slurm_records import (
 )
 from segalign.launch.study import SlurmSettings, Study
 
-# Base number, task of the array, and script of each task that waits, runs or is ending. A job that
-# is put back is among those that are ending until its nodes are free.
-_QUEUE_FORMAT = "--format=%F|%K|%o"
-_UNKNOWN_JOB = "Invalid job id"
+# What `sbatch --parsable` prints of a job, beside a site's remarks.
+_NUMBER: Final = re.compile(r"^(\d+)(?:;\S*)?$", re.MULTILINE)
+# A failure of `sbatch` that leaves open whether the job was taken.
+_UNCERTAIN: Final = re.compile(
+    r"timed out|unable to contact|communication|connection|zero bytes|not responding|no message",
+    re.IGNORECASE,
+)
+# Runs that keep their state when what is left of their job is ended.
+_ENDED: Final = (*FINISHED, RunStatus.FAILED)
 _CANCEL_SECONDS = 180.0
 _CANCEL_POLL_SECONDS = 0.5
 
@@ -138,17 +146,24 @@ def _call_sbatch(script: Path, record_path: Path, record: JobRecord, lock: int) 
     """
     try:
         printed = call("sbatch", "--parsable", str(script), pass_fds=(lock,))
-        return printed.strip().splitlines()[-1].partition(";")[0]
+        failure = None
     except CommandFailedError as error:
-        # An answer may be lost on its way though the job was taken.
-        job_id = _find_unnumbered(record_path, record)
-        if job_id is not None:
-            return job_id
-        record_path.unlink()
-        raise ConfigError(
-            f"expected SLURM to take the job; it says: {error}. Change the study's `slurm` block; "
-            f"the job's script is `{script}`."
-        ) from error
+        printed, failure = "", error
+    numbers = _NUMBER.findall(printed)
+    # An answer may be lost on its way though the job was taken.
+    job_id = numbers[-1] if numbers else find_job(script, record.user)
+    if job_id is not None:
+        return job_id
+    if failure is None:
+        raise unanswered("`sbatch` printed no number of a job")
+    if _UNCERTAIN.search(str(failure)):
+        # The record stays: the job may show in the queue later.
+        raise unanswered(failure) from failure
+    record_path.unlink()
+    raise ConfigError(
+        f"expected SLURM to take the job; it says: {failure}. Change the study's `slurm` block; "
+        f"the job's script is `{script}`."
+    ) from failure
 
 
 def queued_runs(folder: Path) -> dict[Path, str]:
@@ -163,10 +178,12 @@ def queued_runs(folder: Path) -> dict[Path, str]:
         ClusterError: If the cluster does not answer; its queue is unknown then, not empty.
         DataError: If a job's record cannot be read.
     """
-    records = [record for record in _numbered(folder).values() if not record.is_over]
-    live = _live_tasks([record.job_id for record in records if record.job_id is not None])
+    records = {path: record for path, record in _numbered(folder).items() if not record.is_over}
+    live = live_tasks(
+        {record.job_id: script_file(path) for path, record in records.items() if record.job_id}
+    )
     queued: dict[Path, str] = {}
-    for record in records:
+    for record in records.values():
         for task in live.get(record.job_id or "", ()):
             queued |= dict.fromkeys(record.runs_of(task), f"{record.job_id}_{task}")
     return queued
@@ -175,7 +192,7 @@ def queued_runs(folder: Path) -> dict[Path, str]:
 def cancel_jobs(folder: Path) -> int:
     """End all jobs of a study, and wait until nothing of them runs.
 
-    Runs of theirs that are not finished become ``cancelled``.
+    Runs of theirs that have not ended become ``cancelled``.
 
     Returns:
         How many runs did.
@@ -189,18 +206,28 @@ def cancel_jobs(folder: Path) -> int:
         queued = queued_runs(folder)
         if not queued:
             return 0
+        is_open = {run: not _has_ended(read_state(run)) for run in queued}
         for run in queued:
-            request_cancel(run)
-        _end_jobs(sorted({job_id.partition("_")[0] for job_id in queued.values()}))
-    return sum(_mark_cancelled(run, job_id) for run, job_id in queued.items())
+            if is_open[run]:
+                request_cancel(run)
+        ids = {job_id.partition("_")[0] for job_id in queued.values()}
+        _end_jobs(
+            {
+                record.job_id: script_file(path)
+                for path, record in load_records(folder).items()
+                if record.job_id in ids
+            }
+        )
+    return sum(_mark_cancelled(run, job_id, is_open[run]) for run, job_id in queued.items())
 
 
-def _end_jobs(ids: Sequence[str]) -> None:
+def _end_jobs(scripts: Mapping[str, Path]) -> None:
+    """End jobs, given their scripts by their numbers."""
     deadline = time.monotonic() + _CANCEL_SECONDS
     while True:
         # Again and again: a run that takes the end for a preemption puts its job back.
-        _ask("scancel", *ids)
-        live = _live_tasks(ids)
+        ask("scancel", *sorted(scripts))
+        live = live_tasks(scripts)
         if not live:
             return
         if time.monotonic() > deadline:
@@ -211,10 +238,16 @@ def _end_jobs(ids: Sequence[str]) -> None:
         time.sleep(_CANCEL_POLL_SECONDS)
 
 
-def _mark_cancelled(run_dir: Path, job_id: str) -> bool:
-    state = read_state(run_dir) or RunState(status=RunStatus.CANCELLED, attempt=0, job=job_id)
-    if state.status in FINISHED:
+def _has_ended(state: RunState | None) -> bool:
+    return state is not None and state.status in _ENDED
+
+
+def _mark_cancelled(run_dir: Path, job_id: str, was_open: bool) -> bool:
+    state = read_state(run_dir)
+    # One that was going on may have failed because its processes were ended.
+    if state is not None and state.status in (FINISHED if was_open else _ENDED):
         return False
+    state = state or RunState(status=RunStatus.CANCELLED, attempt=0, job=job_id)
     make_directory(sweep_folder(run_dir))
     write_state(run_dir, replace(state, status=RunStatus.CANCELLED, reason="cancelled"))
     return True
@@ -225,40 +258,8 @@ def _numbered(folder: Path) -> Mapping[Path, JobRecord]:
     records = load_records(folder)
     for path, record in records.items():
         if record.job_id is None and not record.is_over:
-            found = _find_unnumbered(path, record)
+            found = find_job(script_file(path), record.user)
             if found is not None:
                 records[path] = replace(record, job_id=found)
                 records[path].save(path)
     return records
-
-
-def _find_unnumbered(path: Path, record: JobRecord) -> str | None:
-    """Find a job in the queue by its script."""
-    script = str(script_file(path))
-    rows = _ask("squeue", "--noheader", "--array", f"--user={record.user}", _QUEUE_FORMAT)
-    return next((base for base, _, command in _rows(rows) if command == script), None)
-
-
-def _live_tasks(ids: Sequence[str]) -> dict[str, list[int]]:
-    """Return the tasks that the queue has of array jobs, by the jobs' numbers."""
-    live: dict[str, list[int]] = {}
-    if ids:
-        rows = _ask("squeue", "--noheader", "--array", f"--jobs={','.join(ids)}", _QUEUE_FORMAT)
-        for base, task, _ in _rows(rows):
-            live.setdefault(base, []).append(int(task))
-    return live
-
-
-def _rows(text: str) -> list[tuple[str, str, str]]:
-    parts = (line.strip().split("|", 2) for line in text.splitlines())
-    return [(base, task, command) for base, task, command in parts if task.isdigit()]
-
-
-def _ask(*command: str) -> str:
-    try:
-        return call(*command)
-    except CommandFailedError as error:
-        # So it answers for a single job that ended a while ago.
-        if _UNKNOWN_JOB in str(error):
-            return ""
-        raise unanswered(error) from error

@@ -16,6 +16,7 @@ way is neither lost nor made twice.
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -25,11 +26,13 @@ from typing import Self
 
 from segalign.atomic import make_directory, storage_errors, write_text_atomic
 from segalign.errors import DataError
+from segalign.launch.running.run_lock import UNSUPPORTED
 from segalign.launch.running.run_state import FINISHED, read_state
 from segalign.launch.slurm.slurm_commands import ClusterError
 
 _LOCK_SECONDS = 150.0
 _LOCK_POLL_SECONDS = 0.1
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,8 @@ def next_record_file(folder: Path) -> Path:
 def jobs_lock(folder: Path) -> Iterator[int]:
     """Keep other commands from submitting or cancelling jobs of the study.
 
+    On a file system without locks nobody is kept out, which is logged.
+
     Yields:
         The locked file's descriptor. A process that inherits it holds the lock too.
 
@@ -138,7 +143,7 @@ def _wait_for(descriptor: int, path: Path) -> None:
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         with storage_errors(path), contextlib.suppress(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _try_lock(descriptor, path)
             return
         if time.monotonic() > deadline:
             raise ClusterError(
@@ -146,6 +151,21 @@ def _wait_for(descriptor: int, path: Path) -> None:
                 f"{_LOCK_SECONDS:.0f} s. Try again when it has ended."
             )
         time.sleep(_LOCK_POLL_SECONDS)
+
+
+def _try_lock(descriptor: int, path: Path) -> None:
+    """Lock an open file, where that can be done at all."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _logger.warning(
+            "`%s` is on a file system without locks (%s): submit jobs of this study from one "
+            "command at a time",
+            path,
+            error.strerror,
+        )
 
 
 def _number(path: Path) -> int:

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from segalign.errors import DataError, PreemptedError, SegalignError
 from segalign.launch.running.execute import execute_run
-from segalign.launch.running.run_state import RunStatus, read_state
-
-_STOPPED = (RunStatus.PREEMPTED, RunStatus.CANCELLED)
+from segalign.launch.running.stopping import StopRequest, signal_named
 
 
 def run_task(
@@ -22,7 +20,7 @@ def run_task(
     preempting_signal: str | None = None,
     max_requeues: int = 20,
 ) -> int:
-    """Make the runs of a task; a run that fails does not keep the next from starting.
+    """Make the runs of a task; one that fails or is cancelled keeps no other from starting.
 
     Runs that are finished end at once, so that a task which is put back into the queue goes on
     where it was.
@@ -44,23 +42,27 @@ def run_task(
     Raises:
         DataError: If the file cannot be read, or has no line for the task.
     """
+    announced = None if preempting_signal is None else signal_named(preempting_signal)
     failure = 0
-    for run_dir in _runs(runs_file, task, runs_per_task):
-        try:
-            code = execute_run(
-                run_dir,
-                program,
-                launcher=launcher,
-                options=options,
-                preempting_signal=preempting_signal,
-                max_requeues=max_requeues,
-            )
-        except SegalignError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
-            code = error.exit_code
-        if code == PreemptedError.exit_code or (code != 0 and _status(run_dir) in _STOPPED):
-            return PreemptedError.exit_code
-        failure = failure or code
+    # One for all runs: a signal may come between two of them.
+    with StopRequest(announced) as stop:
+        for run_dir in _runs(runs_file, task, runs_per_task):
+            try:
+                code = execute_run(
+                    run_dir,
+                    program,
+                    launcher=launcher,
+                    options=options,
+                    preempting_signal=preempting_signal,
+                    max_requeues=max_requeues,
+                    stop=stop,
+                )
+            except SegalignError as error:
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+                code = error.exit_code
+            if code == PreemptedError.exit_code or stop.signal is not None:
+                return PreemptedError.exit_code
+            failure = failure or code
     return failure
 
 
@@ -79,8 +81,3 @@ def _runs(runs_file: Path, task: int, runs_per_task: int) -> list[Path]:
             f"{runs_per_task} for each task. `python main.py sweep resume STUDY` submits a new job."
         )
     return [Path(line) for line in mine]
-
-
-def _status(run_dir: Path) -> RunStatus | None:
-    state = read_state(run_dir)
-    return None if state is None else state.status

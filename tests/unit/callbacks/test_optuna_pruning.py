@@ -1,7 +1,9 @@
 """A run that falls behind its search's other trials stops, on all ranks alike, and says so."""
 
+import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -181,7 +183,11 @@ def test_a_value_that_is_not_logged_is_named(search, tmp_path, caplog):
 
 def fit_one_of_two(rank: int, run_dir: str, port: int) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    code = run_guarded(lambda: fit(Path(run_dir), {2: 0.1}, devices=2))
+    sys.stderr = (Path(run_dir) / f"said-{rank}").open("w", buffering=1)
+    try:
+        code = run_guarded(lambda: fit(Path(run_dir), {2: 0.1}, devices=2))
+    except SystemExit as ended:
+        code = ended.code
     (Path(run_dir) / f"code-{rank}").write_text(str(code))
 
 
@@ -193,12 +199,42 @@ def test_all_ranks_stop_at_the_same_step(search, tmp_path):
         arguments = (str(tmp_path), free.getsockname()[1])
     multiprocessing.start_processes(fit_one_of_two, arguments, nprocs=2, start_method="fork")
     for rank in range(2):
-        first, last = notes(tmp_path, rank)
-        assert first == "2"
-        assert last.startswith("pruned by the searcher at step 2")
-    # A rank that ends with a code may have rank 0 killed, before that one ends with its own.
-    assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == ["86", "0"]
+        assert notes(tmp_path, rank)[0] == "2"
+        assert len(notes(tmp_path, rank)) == 2
+    assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == ["86", "86"]
+    said = [(tmp_path / f"said-{rank}").read_text().count("stopped: pruned") for rank in range(2)]
+    assert said == [1, 0]
     assert reported(tmp_path) == {2: pytest.approx(0.1)}
+
+
+@pytest.mark.distributed
+def test_a_rank_that_has_ended_has_no_other_killed(search, toy_config, tmp_path, repository):
+    for _ in range(9):
+        search.add_trial(optuna.create_trial(value=9.0, intermediate_values={2: 9.0}))
+    # The rank that launched the other looks at it every 5 s; `srun` sends SIGTERM.
+    pruning = {"search": "toy", "monitor": "val/loss"}
+    slow = {"seconds": 8, "number": int(signal.SIGTERM)}
+    options = [
+        f"--config={toy_config}", f"--run_dir={tmp_path}", "--allow_import=toy_house",
+        "--allow_import=toy_signals", "--trainer.devices=2", "--trainer.strategy=ddp",
+        "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2",
+        "--trainer.check_val_every_n_epoch=null",
+        "--trainer.callbacks+=callbacks.optuna_pruning.OptunaPruning",
+        f"--trainer.callbacks.init_args={json.dumps(pruning)}",
+        "--trainer.callbacks+=toy_signals.SlowEnd",
+        f"--trainer.callbacks.init_args={json.dumps(slow)}",
+    ]  # fmt: skip
+    path = os.pathsep.join([str(repository), str(repository / "tests" / "toys")])
+    ended = subprocess.run(
+        [sys.executable, "main.py", "fit", *options],
+        cwd=repository,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 86, ended.stderr
+    assert ended.stderr.count("stopped: pruned by the searcher at step 2") == 1
 
 
 def test_without_optuna_the_run_says_what_to_install(monkeypatch, tmp_path):

@@ -6,11 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import distributed
 
 from callbacks import preemption as preemption_module
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.preemption import Preemption
-from callbacks.signal_flag import SignalFlag
+from callbacks.signal_flag import SignalFlag, ignore
 from segalign.errors import ConfigError, PreemptedError
 from segalign.launch.slurm.requeue import RequeueOutcome
 
@@ -64,8 +65,17 @@ def test_a_flag_that_is_put_back_after_its_end_hands_on():
     assert not flag.is_set
 
 
-def test_a_forked_child_ends_by_its_parent_alone():
+def test_a_signal_that_is_ignored_meanwhile_stays_so():
     flag = SignalFlag(signal.SIGTERM)
+    flag.listen()
+    ignore(signal.SIGTERM)
+    flag.stop()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_forked_child_ends_by_its_parent_alone(number):
+    flag = SignalFlag(number)
     flag.listen()
     child = os.fork()
     if child == 0:
@@ -190,3 +200,35 @@ def test_a_signal_that_came_before_the_first_step_stops_at_once(monkeypatch):
     with pytest.raises(PreemptedError, match="nothing new to save; SLURM job 7 is"):
         run.callback.on_train_start(run.trainer, None)
     assert run.asked == [20]
+
+
+def test_ranks_agree_every_so_many_steps(monkeypatch):
+    run = Stopping(monkeypatch, None, requeue=False, every_n_steps=3)
+    run.callback.on_train_start(run.trainer, None)
+    asked = []
+
+    def is_told() -> bool:
+        asked.append(run.trainer.global_step)
+        return False
+
+    monkeypatch.setattr(run.callback, "_is_told", is_told)
+    # A batch may take no step, or several.
+    for step in (6, 7, 8, 9, 9, 10, 11, 13, 14, 15):
+        run.trainer.global_step = step
+        run.callback.on_train_batch_end(run.trainer, None, None, None, 0)
+    assert asked == [9, 13, 15]
+
+
+def test_ranks_that_cannot_meet_are_told_what_to_set(monkeypatch, tmp_path):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    try:
+        run = Stopping(monkeypatch, None)
+        run.trainer.world_size = 2
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere")
+        with pytest.raises(ConfigError, match=r"nowhere.* set GLOO_SOCKET_IFNAME to") as refused:
+            run.callback.on_fit_start(run.trainer, None)
+        assert "\n" not in str(refused.value)
+    finally:
+        distributed.destroy_process_group()

@@ -46,11 +46,12 @@ def test_a_new_run_starts_a_new_table(tmp_path):
     assert rows(fresh) == [{"step": "0", "epoch": "", "other": "2"}]
 
 
-def test_a_row_that_a_kill_cut_off_is_dropped(tmp_path):
+@pytest.mark.parametrize("left", ["1,", "1,,3", "1,,3,0.25", "1,,3,0.257\r"])
+def test_a_row_that_a_kill_cut_off_is_dropped(tmp_path, left):
     logger = RunCSVLogger(tmp_path)
     logger.log_metrics({"a": 1, "b": 2}, 0)
-    with logger.metrics_file.open("a") as file:
-        file.write("1,,3")
+    with logger.metrics_file.open("a", newline="") as file:
+        file.write(left)
     resumed = RunCSVLogger(tmp_path, resume_step=9)
     resumed.log_metrics({"a": 4, "b": 5}, 9)
     assert [row["step"] for row in rows(resumed)] == ["0", "9"]

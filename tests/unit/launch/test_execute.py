@@ -17,11 +17,13 @@ from toy_program import prepare
 from segalign.errors import ConfigError, StorageError
 from segalign.launch.running.cancel_request import request_cancel
 from segalign.launch.running.execute import execute_run
-from segalign.launch.running.failure_reason import failure_reason
+from segalign.launch.running.failure_reason import failure_reason, unmasked_code
 from segalign.launch.running.heartbeat import start_heartbeat
+from segalign.launch.running.run_claim import Claim, claim_attempt
 from segalign.launch.running.run_folder import attempt_log, config_file, sweep_folder
-from segalign.launch.running.run_lock import RunHeldError
+from segalign.launch.running.run_lock import RunHeldError, run_lock
 from segalign.launch.running.run_state import RunState, RunStatus, read_state, write_state
+from segalign.launch.slurm.requeue import RequeueOutcome
 from segalign.run_directory import list_checkpoints
 
 
@@ -111,6 +113,33 @@ def test_reasons_are_found_in_what_programs_print(tmp_path):
     assert failure_reason(tmp_path / "none", 139) == "killed by signal 11 (SIGSEGV)"
     log.write_text("error: " + "x" * 10000)
     assert len(failure_reason(log, 1)) == 500
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("step 1\n", 143),
+        ("old\n0: stopped: pruned by the searcher at step 2\n1: error: peer is gone\n", 86),
+        ("stopped: SIGUSR1 came, and training ended after step 2\n", 85),
+        ("stopped: something else\n", 143),
+        ("error: no space\nsrun: error: node1: task 1: Terminated\n", 1),
+        ("Traceback (most recent call last):\n  File\nKeyError: 'a'\n", 1),
+        ("Traceback (most recent call last):\nRuntimeError: killed by signal: Terminated.\n", 143),
+    ],
+)
+def test_a_launcher_does_not_hide_which_process_ended_first(tmp_path, text, code):
+    log = tmp_path / "log"
+    log.write_text(f"error: of a stage before\n{text}")
+    start = len("error: of a stage before\n")
+    assert unmasked_code(log, 143, start) == code
+    assert unmasked_code(log, 78, start) == 78
+
+
+def test_the_reason_of_a_stop_is_not_what_it_did_to_others(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("stopped: pruned by the searcher at step 2\nerror: peer is gone\n")
+    assert failure_reason(log, 86).startswith("pruned by")
+    assert failure_reason(log, 78) == "peer is gone"
 
 
 def test_options_and_launcher_are_handed_on(run_dir):
@@ -259,14 +288,15 @@ def test_it_beats_while_it_runs(run_dir):
     supervisor.wait()
 
 
-def requeues(monkeypatch):
+def requeues(monkeypatch, is_possible=True):
     asked = []
 
     def requeue(max_requeues):
         asked.append(max_requeues)
-        return "asked"
+        return RequeueOutcome(job="12_3", requeued=is_possible, reason="asked too often")
 
-    monkeypatch.setattr("segalign.launch.running.execute.requeue", requeue)
+    for name in ("attempt", "execute"):
+        monkeypatch.setattr(f"segalign.launch.running.{name}.requeue", requeue)
     return asked
 
 
@@ -277,7 +307,7 @@ def test_a_child_that_the_announcing_signal_ends_is_requeued(run_dir, monkeypatc
     assert execute(run_dir, preempting_signal="USR1", max_requeues=7) == 85
     state = read_state(run_dir)
     assert (state.status, asked) == (RunStatus.PREEMPTED, [7])
-    assert state.reason.endswith("asked")
+    assert state.reason == "ended by SIGUSR1 in stage fit; SLURM job 12_3 is back in the queue"
 
 
 def test_another_signal_is_a_failure(run_dir, monkeypatch):
@@ -285,6 +315,127 @@ def test_another_signal_is_a_failure(run_dir, monkeypatch):
     prepare(run_dir, steps=1, answer="USR2")
     assert execute(run_dir, preempting_signal="USR1") == 128 + signal.SIGUSR2
     assert (status(run_dir), asked) == (RunStatus.FAILED, [])
+
+
+def bash(script):
+    """Make a launcher; what it launches is `"$@"`."""
+    return ("bash", "-c", script, "launcher")
+
+
+@pytest.mark.parametrize(
+    ("answer", "launcher", "job", "expected"),
+    [
+        ("TERM", ("env",), "12", RunStatus.PREEMPTED),
+        ("done", bash('"$@"; exit 143'), "12", RunStatus.PREEMPTED),
+        ("TERM", ("env",), "", RunStatus.FAILED),
+        ("TERM", (), "12", RunStatus.FAILED),
+        ("KILL", ("env",), "12", RunStatus.FAILED),
+        (78, bash('"$@"; exit 143'), "12", RunStatus.FAILED),
+        ("raise", bash('"$@"; exit 143'), "12", RunStatus.FAILED),
+    ],
+)
+def test_what_a_cluster_takes_away_without_notice_is_requeued(
+    run_dir, monkeypatch, answer, launcher, job, expected
+):
+    asked = requeues(monkeypatch)
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    prepare(run_dir, steps=1, answer=answer)
+    code = execute(run_dir, launcher=launcher, preempting_signal="USR1")
+    is_back = expected is RunStatus.PREEMPTED
+    assert (status(run_dir), asked, code == 85) == (expected, [20] * is_back, is_back)
+    if answer == 78:
+        assert read_state(run_dir).reason == "the toy ends with 78."
+
+
+def told(seconds, name, pid=None):
+    """Send a signal to this process after a while."""
+    code = f"import os, time; time.sleep({seconds}); os.kill({pid or os.getpid()}, {int(name)})"
+    return psutil.Popen([sys.executable, "-c", code])
+
+
+def test_a_signal_at_the_end_of_a_stage_keeps_the_next_from_starting(run_dir, monkeypatch):
+    asked = requeues(monkeypatch)
+    prepare(run_dir, ("fit", "test"), steps=1)
+    launcher = bash('trap "" USR1; "$@"; kill -USR1 $PPID; sleep 0.3')
+    assert execute(run_dir, launcher=launcher, preempting_signal="USR1") == 85
+    state = read_state(run_dir)
+    assert (state.status, state.stages_done) == (RunStatus.PREEMPTED, ("fit",))
+    assert "before stage test" in state.reason
+    assert (events(run_dir), asked) == (["begin fit", "end fit"], [20])
+
+
+def test_a_signal_at_the_very_end_changes_nothing(run_dir, monkeypatch):
+    asked = requeues(monkeypatch)
+    prepare(run_dir, steps=1)
+    launcher = bash('trap "" USR1; "$@"; kill -USR1 $PPID; sleep 0.3')
+    assert execute(run_dir, launcher=launcher, preempting_signal="USR1") == 0
+    assert (status(run_dir), asked) == (RunStatus.DONE, [])
+
+
+def test_a_signal_is_handed_on_as_often_as_it_comes(run_dir):
+    prepare(run_dir)
+    counting = f"trap 'echo >> {run_dir}/told' USR1; for i in 1 2; do kill -USR1 $PPID; "
+    counting += "for k in 1 2 3 4 5; do sleep 0.1; done; done; exit 85"
+    assert execute(run_dir, launcher=bash(counting), preempting_signal="USR1") == 85
+    assert (run_dir / "told").read_text() == "\n\n"
+    assert "came before" not in read_state(run_dir).reason
+
+
+@pytest.mark.parametrize(("name", "code"), [("USR1", 85), ("TERM", 143)])
+def test_a_signal_ends_the_wait_for_a_lock(run_dir, monkeypatch, name, code):
+    asked = requeues(monkeypatch)
+    prepare(run_dir)
+    state = of_this_job(run_dir, monkeypatch)
+    began = time.monotonic()
+    with run_lock(run_dir), told(0.5, signal.Signals[f"SIG{name}"]):
+        assert execute(run_dir, preempting_signal="USR1", lock_seconds=20) == code
+    assert time.monotonic() - began < 15
+    assert (read_state(run_dir), asked) == (state, [20] if code == 85 else [])
+    assert events(run_dir) == []
+
+
+def test_a_signal_ends_the_wait_for_a_beat(run_dir, monkeypatch):
+    asked = requeues(monkeypatch)
+    prepare(run_dir)
+    as_of_another_machine(run_dir)
+    start_heartbeat(run_dir, 1000.0)
+    with told(0.5, signal.SIGUSR1):
+        assert execute(run_dir, preempting_signal="USR1") == 85
+    assert (asked, events(run_dir)) == ([20], [])
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_a_launched_stage_may_save_before_its_launcher_is_ended(run_dir, is_cancelled):
+    prepare(run_dir)
+    launcher = bash(
+        f"trap 'echo > {run_dir}/saved; exit 85' USR1; trap 'exit 99' TERM; echo > {run_dir}/up; "
+        "while :; do sleep 0.1; done"
+    )
+    if is_cancelled:
+        told_by = bash_when(run_dir / "up", f"touch {sweep_folder(run_dir)}/cancel")
+    else:
+        told_by = bash_when(run_dir / "up", f"kill -TERM {os.getpid()}")
+    with psutil.Popen(told_by):
+        code = execute(run_dir, launcher=launcher, preempting_signal="USR1")
+    ended = (RunStatus.CANCELLED, 143) if is_cancelled else (RunStatus.PREEMPTED, 85)
+    assert (status(run_dir), code) == ended
+    assert (run_dir / "saved").exists() is not is_cancelled
+
+
+def bash_when(path, command):
+    return ["bash", "-c", f"until [ -e {path} ]; do sleep 0.05; done; sleep 0.3; {command}"]
+
+
+def test_a_launched_stage_that_does_not_save_is_ended(run_dir):
+    prepare(run_dir)
+    launcher = bash(
+        f"trap 'echo >> {run_dir}/told' USR1; trap 'exit 99' TERM; "
+        f"echo > {run_dir}/up; while :; do sleep 0.1; done"
+    )
+    with psutil.Popen(bash_when(run_dir / "up", f"kill -TERM {os.getpid()}")):
+        assert execute(run_dir, launcher=launcher, preempting_signal="USR1") == 143
+    assert (run_dir / "told").read_text() == "\n"
+    assert status(run_dir) is RunStatus.PREEMPTED
 
 
 def test_a_child_that_answers_is_requeued_by_itself(run_dir, monkeypatch):
@@ -329,12 +480,80 @@ def test_a_requeued_job_does_not_wait_for_its_old_self(run_dir, monkeypatch):
     assert read_state(run_dir).job == "12_3"
 
 
+def of_this_job(run_dir, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    as_of_another_machine(run_dir, job="12")
+    return read_state(run_dir)
+
+
+def test_a_requeued_job_waits_for_the_lock_of_its_old_self(run_dir, monkeypatch):
+    prepare(run_dir, steps=1)
+    of_this_job(run_dir, monkeypatch)
+    holding = f"exec 9>> {sweep_folder(run_dir)}/lock; flock 9; echo; exec sleep 2.5"
+    with psutil.Popen(["bash", "-c", holding], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        assert execute(run_dir) == 0
+
+
+def test_a_lock_that_stays_held_puts_its_job_back(run_dir, monkeypatch):
+    asked = requeues(monkeypatch)
+    prepare(run_dir, steps=1)
+    state = of_this_job(run_dir, monkeypatch)
+    with run_lock(run_dir):
+        assert execute(run_dir, lock_seconds=0.2) == 85
+        requeues(monkeypatch, is_possible=False)
+        with pytest.raises(RunHeldError):
+            execute(run_dir, lock_seconds=0.2)
+        monkeypatch.setenv("SLURM_JOB_ID", "13")
+        requeues(monkeypatch)
+        with pytest.raises(RunHeldError):
+            execute(run_dir, lock_seconds=0.2)
+    assert (read_state(run_dir), asked, events(run_dir)) == (state, [20], [])
+
+
+def without_locks(monkeypatch):
+    monkeypatch.setattr("segalign.launch.running.run_lock._take", lambda *arguments: False)
+
+
+def test_without_locks_one_of_two_makes_an_attempt(run_dir, monkeypatch):
+    prepare(run_dir, steps=1)
+    without_locks(monkeypatch)
+    claim_attempt(run_dir, Claim(attempt=1, host="elsewhere"))
+    # Both have looked before either has claimed it.
+    monkeypatch.setattr("segalign.launch.running.execute.newest_claim", lambda run_dir: None)
+    with pytest.raises(RunHeldError):
+        execute(run_dir)
+    assert (events(run_dir), read_state(run_dir)) == ([], None)
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_who_claims_an_attempt_and_dies_blocks_nobody(run_dir, monkeypatch, has_locks):
+    prepare(run_dir, steps=1)
+    if not has_locks:
+        without_locks(monkeypatch)
+        start_heartbeat(run_dir, 0.1)
+    claim_attempt(run_dir, Claim(attempt=1, host=os.uname().nodename))
+    assert execute(run_dir, attempt=1) == 0  # as a controller asks, which sees states alone
+    assert read_state(run_dir).attempt == 2
+
+
+def test_who_claims_an_attempt_and_lives_keeps_it(run_dir, monkeypatch):
+    prepare(run_dir, steps=1)
+    without_locks(monkeypatch)
+    start_heartbeat(run_dir, 0.5)
+    (sweep_folder(run_dir) / "attempt-1.claim").touch()  # not written yet
+    file = sweep_folder(run_dir) / "heartbeat"
+    beating = ["bash", "-c", f"for i in 1 2 3 4; do sleep 0.3; touch {file}; done"]
+    with psutil.Popen(beating), pytest.raises(RunHeldError):
+        execute(run_dir)
+    assert events(run_dir) == []
+
+
 def test_without_locks_the_heartbeat_tells(run_dir, monkeypatch):
     prepare(run_dir, steps=1)
     write_state(run_dir, RunState(status=RunStatus.RUNNING, host=os.uname().nodename))
     start_heartbeat(run_dir, 0.1)
-    no_lock = "segalign.launch.running.run_lock._take"
-    monkeypatch.setattr(no_lock, lambda descriptor, run_dir: False)
+    without_locks(monkeypatch)
     assert execute(run_dir) == 0
 
 
@@ -366,7 +585,7 @@ def test_a_disk_that_fills_up_later_fails_the_run(run_dir, monkeypatch):
     prepare(run_dir, ("fit", "test"), steps=1)
     written = []
     monkeypatch.setattr(
-        "segalign.launch.running.execute.write_state", full_after_the_first(written)
+        "segalign.launch.running.attempt.write_state", full_after_the_first(written)
     )
     with pytest.raises(OSError, match="No space left"):
         execute(run_dir)
@@ -377,7 +596,7 @@ def test_a_disk_that_fills_up_later_fails_the_run(run_dir, monkeypatch):
 
 def test_a_full_disk_does_not_hide_why_a_run_failed(run_dir, monkeypatch):
     prepare(run_dir, steps=1)
-    monkeypatch.setattr("segalign.launch.running.execute.write_state", full_after_the_first())
+    monkeypatch.setattr("segalign.launch.running.attempt.write_state", full_after_the_first())
     with pytest.raises(ConfigError, match="no-such-launcher"):
         execute(run_dir, launcher=["no-such-launcher"])
 

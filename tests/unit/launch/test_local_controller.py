@@ -13,7 +13,8 @@ from toy_processes import PROGRAM, events, kill_left, processes_of, start, wait_
 from toy_program import planned, prepare
 
 from segalign.launch.running.cancel_request import is_cancel_requested, request_cancel
-from segalign.launch.running.local_controller import cancel_local, run_local
+from segalign.launch.running.cancelling import cancel_local
+from segalign.launch.running.local_controller import run_local
 from segalign.launch.running.observing import observe
 from segalign.launch.running.run_folder import sweep_folder
 from segalign.launch.running.run_lock import run_lock

@@ -88,6 +88,16 @@ def test_on_another_machine_the_heartbeat_tells(folder, one, seconds, expected):
     assert look(folder).status == expected
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(3.5, "running"), (4.5, "dead")])
+def test_a_lock_of_another_machine_may_outlive_it(folder, one, seconds, expected):
+    write_state(one, RunState(status=RunStatus.RUNNING, host="elsewhere"))
+    beat_before(one, seconds)
+    with run_lock(one):
+        assert look(folder).status == expected
+        beat_before(one, 5)
+        assert look(folder, a="5_0").status is RunStatus.QUEUED
+
+
 @pytest.mark.parametrize(("seconds", "expected"), [(1, "running"), (5, "dead")])
 def test_without_locks_the_heartbeat_tells(folder, one, seconds, expected, monkeypatch):
     write(one, RunStatus.RUNNING)

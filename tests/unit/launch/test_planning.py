@@ -119,6 +119,17 @@ def test_the_run_directory_is_no_part_of_the_id(study, resolve):
     assert second.plan.runs[0].directory == Path("elsewhere") / ids(first)[0]
 
 
+def test_a_plan_holds_from_any_directory(toy_config, tmp_path, resolve, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "toy.yaml"
+    file.write_text(f"base: {toy_config}\nfolder: sweep\nruns_folder: runs\n")
+    planned = plan_study(load_study(file), resolve)
+    planned.plan.save(load_study(file).folder)
+    monkeypatch.chdir("/")
+    [run] = Plan.load(tmp_path / "sweep").runs
+    assert run.directory == tmp_path / "runs" / run.run_id
+
+
 def test_a_directory_inside_the_config_follows(study, resolve):
     planned = plan_study(study("settings: {data.init_args.root: '${run_dir}/data'}"), resolve)
     run = planned.plan.runs[0]

@@ -91,3 +91,11 @@ def test_no_room_for_the_lock_is_one_line(run_dir, monkeypatch):
     monkeypatch.setattr(os, "open", no_space)
     with pytest.raises(StorageError, match="No space left"):
         run_lock(run_dir).__enter__()
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EPERM])
+def test_a_file_server_that_is_away_is_one_line(run_dir, monkeypatch, code):
+    refuse_locks(monkeypatch, code)
+    with pytest.raises(StorageError, match="lock") as raised:
+        run_lock(run_dir).__enter__()
+    assert "\n" not in str(raised.value)

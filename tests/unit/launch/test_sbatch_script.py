@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_a_job_asks_for_what_the_study_says():
     assert requests(text(FULL)) == [
         "--job-name=reweight", "--array=0-5%16", "--nodes=2", "--ntasks-per-node=8",
         "--gpus-per-node=8", "--cpus-per-task=6", "--mem=200G", "--partition=gpu", "--account=lab",
-        "--qos=low", "'--constraint=a100&nvlink'", "--time=08:00:00", "--signal=USR2@240",
+        "--qos=low", "'--constraint=a100&nvlink'", "--time=08:00:00", "--signal=B:USR2@240",
         "--requeue", "--open-mode=append", "--output=/s/jobs/001-%a.out", f"--chdir={Path.cwd()}",
         "--export=ALL", "--exclude=node7",
     ]  # fmt: skip
@@ -77,11 +78,16 @@ def test_a_job_is_never_called_like_a_shell(name):
     assert job_name("other") == "other"
 
 
+def test_the_supervisor_takes_the_place_of_the_batch_shell():
+    last = text(FULL, program=("python", "main.py")).split("\n\n")[-1]
+    assert "exec python main.py sweep execute" in last
+
+
 def test_the_request_is_at_the_top_and_setup_comes_before_the_runs():
     lines = text(FULL).splitlines()
     assert lines[0] == "#!/bin/bash"
     commands = [n for n, line in enumerate(lines) if line and not line.startswith("#")]
-    assert lines[commands[0]] == "module load cuda"
+    assert "module load cuda" in [lines[n] for n in commands[:-1]]
     # sbatch reads nothing after the first command.
     assert max(n for n, line in enumerate(lines) if line.startswith("#SBATCH")) < commands[0]
 
@@ -135,8 +141,14 @@ def test_bash_hands_on_every_argument_as_it_is(execute):
     assert any("100%%/001-%a.out" in line for line in requests(script))
 
 
-def test_ranks_meet_at_the_first_node_or_where_the_user_says(execute, monkeypatch):
-    script = text(FULL, program=(sys.executable, "-c", PRINT_ARGUMENTS))
-    assert execute(script)[1] == "n3"
+def test_ranks_meet_at_the_first_node_or_where_setup_says(execute, monkeypatch):
+    # What the submitting shell has is of another run.
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    assert execute(script)[1] == "10.0.0.1"
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    program = (sys.executable, "-c", PRINT_ARGUMENTS.replace("sys.argv[1:]", "dict(os.environ)"))
+    environment, address = execute(text(FULL, program=program))
+    assert address == "n3"
+    assert "MASTER_PORT" not in environment
+    slurm = replace(FULL, setup=("export MASTER_ADDR=$MASTER_ADDR-ib", "export MASTER_PORT=5"))
+    environment, address = execute(text(slurm, program=program))
+    assert (address, environment["MASTER_PORT"]) == ("n3-ib", "5")

@@ -1,5 +1,6 @@
 """Jobs of a cluster whose commands are stand-ins that fail as real ones do."""
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from segalign.errors import ConfigError, DataError
 from segalign.launch.plan import PlannedRun
 from segalign.launch.running.cancel_request import is_cancel_requested, request_cancel
 from segalign.launch.running.run_folder import sweep_folder
-from segalign.launch.running.run_state import RunState, RunStatus, write_state
+from segalign.launch.running.run_state import RunState, RunStatus, read_state, write_state
 from segalign.launch.slurm.slurm_commands import ClusterError
 from segalign.launch.slurm.slurm_jobs import cancel_jobs, queued_runs, submit
 from segalign.launch.slurm.slurm_records import (
@@ -99,6 +100,89 @@ def test_a_study_without_jobs_asks_no_cluster(study, commands):
     assert queued_runs(study.folder) == {}
     assert cancel_jobs(study.folder) == 0
     assert commands.calls() == []
+
+
+def test_output_without_a_number_is_no_number(study, runs, commands):
+    commands(sbatch="echo '12 jobs of yours wait'; echo 33; echo 'budget left: 4'")
+    assert submit(study, runs, ("p",), ()).job_id == "33"
+
+
+@pytest.mark.parametrize("printed", ["exit 0", "echo 'job accepted'; echo"])
+def test_a_job_whose_number_sbatch_keeps_to_itself_is_found_in_the_queue(
+    study, runs, commands, printed
+):
+    commands(sbatch=printed, squeue=in_queue(study, 7))
+    assert submit(study, runs, ("p",), ()).job_id == "7"
+
+
+def test_a_job_without_a_number_that_no_queue_has_is_looked_for_later(study, runs, commands):
+    commands(sbatch="exit 0")
+    with pytest.raises(ClusterError, match="no number"):
+        submit(study, runs, ("p",), ())
+    commands(squeue=in_queue(study, 7))
+    assert submit(study, runs, ("p",), ()).runs == ()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Batch job submission failed: Unable to contact slurm controller (connect failure)",
+        "Batch job submission failed: Socket timed out on send/recv operation",
+        "",
+    ],
+)
+def test_a_submission_that_may_have_arrived_keeps_its_record(study, runs, commands, said):
+    commands(sbatch=f"echo '{said}' >&2; exit 1")
+    with pytest.raises(ClusterError, match="found then"):
+        submit(study, runs, ("p",), ())
+    assert [record.job_id for record in load_records(study.folder).values()] == [None]
+    commands(squeue=in_queue(study, 7))
+    assert set(queued_runs(study.folder).values()) == {"7_0", "7_1"}
+
+
+def test_a_job_of_another_with_the_same_number_is_left_alone(study, runs, commands):
+    submit(study, runs, ("p",), ())
+    foreign = "echo '7|0|/other/001.sbatch'; echo '7|1|(null)'; echo '7|N/A|x'"
+    commands(squeue=foreign, sbatch="echo 8")
+    assert queued_runs(study.folder) == {}
+    assert cancel_jobs(study.folder) == 0
+    assert not any(call.startswith("scancel") for call in commands.calls())
+    assert submit(study, runs, ("p",), ()).job_id == "8"
+
+
+def test_a_folder_that_is_named_by_a_link_has_the_same_jobs(study, runs, commands, tmp_path):
+    submit(study, runs, ("p",), ())
+    commands(squeue=in_queue(study))
+    (tmp_path / "link").symlink_to(study.folder)
+    assert set(queued_runs(tmp_path / "link").values()) == {"7_0", "7_1"}
+
+
+def test_settings_in_the_environment_change_no_command(
+    study, runs, commands, tmp_path, monkeypatch
+):
+    for name in ("SQUEUE_STATES", "SCANCEL_STATE", "SBATCH_TIMELIMIT", "SRUN_DEBUG",
+                 "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_CONF", "OTHER"):  # fmt: skip
+        monkeypatch.setenv(name, "1")
+    show = f"env >>'{tmp_path}/seen-$(basename $0)'".replace("'", '"')
+    commands(sbatch=f"{show}; echo 7", squeue=f"{show}; {in_queue(study).replace(chr(10), ';')}")
+    submit(study, runs, ("p",), ())
+    queued_runs(study.folder)
+    for command in ("sbatch", "squeue"):
+        lines = (tmp_path / f"seen-{command}").read_text().splitlines()
+        names = {line.partition("=")[0] for line in lines}
+        foreign = ("SLURM_", "SQUEUE_", "SCANCEL_", "SBATCH_", "SRUN_")
+        assert {one for one in names if one.startswith(foreign)} == {"SLURM_CONF"}
+        assert "OTHER" in names
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_disk_without_locks_takes_jobs(study, runs, commands, monkeypatch, caplog, number):
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("segalign.launch.slurm.slurm_records.fcntl.flock", refuse)
+    assert submit(study, runs, ("p",), ()).job_id == "7"
+    assert "without locks" in caplog.text
 
 
 def test_a_finished_study_asks_no_cluster(study, runs, commands):
@@ -202,6 +286,36 @@ def test_cancelling_goes_on_until_the_queue_is_empty(study, runs, commands, tmp_
     assert left.read_text() == ""
     assert commands.calls().count("scancel 7") == 3
     assert is_cancel_requested(runs[1].directory)
+
+
+@pytest.mark.parametrize("status", [RunStatus.FAILED, RunStatus.DONE, RunStatus.PRUNED])
+def test_cancelling_leaves_what_has_ended_as_it_is(study, runs, commands, tmp_path, status):
+    submit(study, runs, ("p",), ())
+    ended = RunState(status=status, reason="of its own", exit_code=9)
+    write_state(runs[0].directory, ended)
+    write_state(runs[1].directory, RunState(status=RunStatus.PREEMPTED))
+    gone = tmp_path / "gone"
+    commands(squeue=f"[ -e '{gone}' ] || {{ {in_queue(study)}\n}}", scancel=f"touch '{gone}'")
+    assert cancel_jobs(study.folder) == 1
+    assert read_state(runs[0].directory) == ended
+    assert not is_cancel_requested(runs[0].directory)
+    assert read_state(runs[1].directory).status == RunStatus.CANCELLED
+    assert is_cancel_requested(runs[1].directory)
+
+
+def test_a_run_that_fails_because_it_is_ended_is_cancelled(study, runs, commands, tmp_path):
+    submit(study, runs[:1], ("p",), ())
+    write_state(runs[0].directory, RunState(status=RunStatus.FAILED, reason="killed by signal 15"))
+    state = sweep_folder(runs[0].directory) / "state.json"
+    failed, gone = tmp_path / "failed", tmp_path / "gone"
+    failed.write_bytes(state.read_bytes())
+    write_state(runs[0].directory, RunState(status=RunStatus.RUNNING))
+    commands(
+        squeue=f"[ -e '{gone}' ] || {{ {in_queue(study, 7, 0)}\n}}",
+        scancel=f"cp '{failed}' '{state}'; touch '{gone}'",
+    )
+    assert cancel_jobs(study.folder) == 1
+    assert read_state(runs[0].directory).status == RunStatus.CANCELLED
 
 
 SUBMIT = """

@@ -1,7 +1,9 @@
 """What one task of an array does with its runs, in real processes."""
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ import pytest
 
 from segalign.errors import DataError
 from segalign.launch.running.cancel_request import request_cancel
+from segalign.launch.running.execute import execute_run
 from segalign.launch.running.run_folder import config_file, sweep_folder
 from segalign.launch.running.run_state import read_state
 from segalign.launch.slurm.slurm_task import run_task
@@ -86,6 +89,35 @@ def test_a_preempted_run_ends_the_task(make_runs, run):
     assert run(file, 0, 2) == 85
     assert [num_lives(directory) for directory in directories] == [1, 0]
     assert read_state(directories[0]).status == "preempted"
+
+
+def test_a_run_that_is_cancelled_ends_no_other(make_runs, run, monkeypatch):
+    file, directories = make_runs(0, 0)
+    settings = {"run_dir": str(directories[0]), "seconds": 60, "code": 0}
+    config_file(directories[0], "fit").write_text(json.dumps(settings))
+    quick = functools.partial(execute_run, heartbeat_seconds=0.2)
+    monkeypatch.setattr("segalign.launch.slurm.slurm_task.execute_run", quick)
+    lives, cancel = directories[0] / "lives-None", sweep_folder(directories[0]) / "cancel"
+    waiting = f"until [ -e {lives} ]; do sleep 0.05; done; touch {cancel}"
+    with subprocess.Popen(["bash", "-c", waiting]):
+        assert run(file, 0, 2) == 143
+    assert [read_state(one).status for one in directories] == ["cancelled", "done"]
+
+
+def test_a_signal_between_two_runs_keeps_the_next_from_starting(make_runs, run, monkeypatch):
+    file, directories = make_runs(0, 0)
+
+    def execute(run_dir, *arguments, **settings):
+        code = execute_run(run_dir, *arguments, **settings)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return code
+
+    asked = []
+    monkeypatch.setattr("segalign.launch.slurm.slurm_task.execute_run", execute)
+    monkeypatch.setattr("segalign.launch.running.attempt.requeue", asked.append)
+    assert run(file, 0, 2, preempting_signal="USR1") == 85
+    assert [read_state(one).status for one in directories] == ["done", "preempted"]
+    assert ([num_lives(one) for one in directories], asked) == ([1, 0], [20])
 
 
 def test_options_and_launcher_reach_the_runs(make_runs, run):

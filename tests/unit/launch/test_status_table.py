@@ -77,6 +77,17 @@ def test_changes_are_one_line():
     assert "goes on" in describe_change(seen(RunStatus.PREEMPTED))
 
 
+def test_a_stopped_run_says_how_it_goes_on():
+    assert row(seen(RunStatus.PREEMPTED))[-1] == "goes on from its checkpoint with `sweep resume`"
+    assert failure_lines([seen(RunStatus.PREEMPTED)]) == []
+    reason = "SIGUSR1 came; SLURM job 12_3 is not requeued: 20 are allowed; go on with something"
+    stopped = seen(RunStatus.PREEMPTED, state={"exit_code": 85, "reason": reason})
+    note = "`sweep resume` goes on; not requeued: 20 are allowed"
+    assert failure_lines([stopped]) == [f"k=[1], seed 3 (0f): preempted: {note}"]
+    assert row(stopped)[-1].startswith("`sweep resume` goes on; not requeued")
+    assert failure_lines([seen(RunStatus.QUEUED, state={"reason": reason})]) == []
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (119, "119 s"), (725, "12 min"), (7200, "2 h"), (3 * 86400, "3 days")],

@@ -47,8 +47,8 @@ def test_a_study_of_seeds_alone(load, tmp_path):
     assert (study.name, study.seeds, study.stages) == ("reweight", (0,), ("fit",))
     assert study.base == (tmp_path / "base.yaml",)
     assert [arm.name for arm in study.arms] == ["base"]
-    assert study.folder == Path("runs/sweeps/reweight")
-    assert study.runs_folder == Path("runs/sweeps/runs")
+    assert study.folder == Path.cwd() / "runs/sweeps/reweight"
+    assert study.runs_folder == Path.cwd() / "runs/sweeps/runs"
     assert study.slurm is None
 
 
@@ -94,7 +94,7 @@ folder: somewhere
     assert study.max_gpu_hours == 4000.0
     assert [list(pair) for pair in study.plots.pareto] == [["val/loss", "test/fid"]]
     assert (study.report.prompts, study.report.images_of_each) == (4, 1)
-    assert study.folder == Path("somewhere")
+    assert study.folder == Path.cwd() / "somewhere"
 
 
 def test_the_command_line_replaces_base_and_folder(load, tmp_path):
@@ -102,6 +102,16 @@ def test_the_command_line_replaces_base_and_folder(load, tmp_path):
     other.write_text("{}")
     study = load("folder: a", base=[other], folder=tmp_path / "b")
     assert (study.base, study.folder) == ((other,), tmp_path / "b")
+
+
+def test_folders_stay_where_they_are_seen_from_another_directory(load, tmp_path, monkeypatch):
+    # A link stays a link: what it points to may move.
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.chdir(tmp_path)
+    study = load("folder: link/a\nruns_folder: link/r")
+    assert (study.folder, study.runs_folder) == (tmp_path / "link/a", tmp_path / "link/r")
+    assert load("", folder=Path("b")).folder == tmp_path / "b"
 
 
 def axis_of(load, text):
@@ -211,6 +221,11 @@ def test_ranges_are_for_a_searcher(load, refused):
         ("metrics: [{label: x}]", "add `name`"),
         ("metrics: [{name: val/x, mode: low}]", "`val/x`; "),
         ("metrics: [{name: val/x, at: first}]", "`val/x`; "),
+        (
+            "metrics: [val/x, {name: val/x, at: best, label: y}]",
+            "each metric once in `",
+        ),
+        ("metrics: [val/x, val/x]", "`metrics`; got `val/x` twice; remove"),
         ("slurm: {gpus: 8}", "did you mean `gpus_per_node`?"),
         ("slurm: {nodes: many}", "`nodes`: Expected a <class 'int'>"),
         ("slurm: {nodes: 0}", "`nodes` of at least 1 in"),
@@ -219,6 +234,11 @@ def test_ranges_are_for_a_searcher(load, refused):
         ("slurm: {gpus_per_node: 1}\nbudget: {max_gpu_hours: x}", "got `x`"),
         ("budget: {hours: 1}", "got `hours`"),
         ("plots: {pareto: [[val/a]]}", "`plots`; "),
+        ("plots: {pareto: [[val/a, val/b]]}", "`plots`; got `val/a`; list it under `metrics`"),
+        (
+            "metrics: [val/aa, val/bb]\nplots: {pareto: [[val/aa, val/bbb]]}",
+            "`plots`; got `val/bbb`; did you mean `val/bb`?",
+        ),
         ("report: {images_of_each: 0}", "`images_of_each` from 1"),
         ("folder: 3", "`folder`; got `3`"),
     ],
