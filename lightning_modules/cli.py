@@ -12,6 +12,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import InterpolationKeyError
 from typing_extensions import override
 
@@ -23,7 +24,7 @@ from lightning_modules.resume_checks import check_training, warn_of_other_weight
 from lightning_modules.short_usage_parser import LayeredConfigFile, ShortUsageParser
 from lightning_modules.slurm_environment import slurm_environment
 from segalign.atomic import make_directory
-from segalign.errors import ConfigError
+from segalign.errors import ConfigError, TerminatedError
 from segalign.run_directory import stored_step
 
 _PEEKING: dict[str, Any] = {"add_help": False, "allow_abbrev": False, "exit_on_error": False}
@@ -235,11 +236,20 @@ def run(argv: Sequence[str], parts: RunParts) -> SegalignCLI:
             configs name classes of one more package; it works on the command line only, so that a
             config cannot permit itself anything.
         parts: See ``RunParts``.
+
+    Raises:
+        TerminatedError: If SIGTERM has ended it, for which Lightning alone would return 0.
     """
     known, rest = _peek(argv)
     with permitted_classes(known.allow_import), without_known_noise():
         sources = [Path(source) for source in known.config]
-        return SegalignCLI(parts, rest, command=argv, sources=sources)
+        try:
+            return SegalignCLI(parts, rest, command=argv, sources=sources)
+        except SIGTERMException as error:
+            raise TerminatedError(
+                "ended by SIGTERM; what was trained since the last checkpoint is lost; go on with "
+                "`--ckpt_path auto`, or set `preemption.signal: TERM` to save first"
+            ) from error
 
 
 def _peek(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

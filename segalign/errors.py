@@ -44,6 +44,15 @@ class PreemptedError(SegalignError):
     exit_code = 85
 
 
+class TerminatedError(SegalignError):
+    """Training was ended by SIGTERM, without a checkpoint of its own (exit code 143).
+
+    The same command with ``--ckpt_path auto`` goes on from the last checkpoint.
+    """
+
+    exit_code = 143
+
+
 class PrunedError(SegalignError):
     """Training was stopped by a searcher, because other trials do better (exit code 86).
 

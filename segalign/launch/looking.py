@@ -63,13 +63,13 @@ def show_table(study: Study, kind: TableFormat) -> None:
     """
     plan, observed = look(study)
     table = make_table(study, plan, observed)
-    texts = {"markdown": to_markdown(table), "csv": to_csv(table), "latex": to_latex(table)}
-    for name, text in texts.items():
-        write_text_atomic(study.folder / f"table.{_SUFFIXES[name]}", text)
     if kind == "text":
         wide_console().print(to_rich(table))
-    else:
+    texts = {"markdown": to_markdown(table), "csv": to_csv(table), "latex": to_latex(table)}
+    if kind != "text":
         sys.stdout.write(texts[kind])
+    for name, text in texts.items():
+        write_text_atomic(study.folder / f"table.{_SUFFIXES[name]}", text)
     refuse_unknown(table)
 
 

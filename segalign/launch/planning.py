@@ -150,7 +150,23 @@ def _finish(
         num_left = max(study.search.trials - len(finished), 0)
     hours = gpu_hours(study, num_left)
     _check_budget(study, hours, num_left)
+    _check_best(study, runs, configs)
     return PlannedStudy(study=study, plan=plan, configs=configs, finished=finished, gpu_hours=hours)
+
+
+def _check_best(
+    study: Study, runs: Sequence[PlannedRun], configs: Mapping[str, StageConfigs]
+) -> None:
+    """Refuse to test a best checkpoint that training will not keep."""
+    if study.test.checkpoint != "best" or "test" not in study.stages:
+        return
+    for run in runs:
+        fit = configs.get(run.run_id, {}).get("fit", {})
+        if (fit.get("checkpoint") or {}).get("monitor") is None:
+            raise ConfigError(
+                f"expected `checkpoint.monitor`, because `test` takes the best checkpoint; "
+                f"`{run.label}` sets none. Set it in `settings`, or write `checkpoint: auto`."
+            )
 
 
 def _check_budget(study: Study, hours: float, num_left: int) -> None:
@@ -207,7 +223,7 @@ def digest_study(study: Study) -> str:
                 f"expected the study's files to be there; got `{path}`: {error.strerror}. "
                 "Paths are relative to the working directory."
             ) from error
-        digest.update(f"{path}\n{len(content)}\n".encode())
+        digest.update(f"{path.name}\n{len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
 

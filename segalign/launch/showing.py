@@ -29,8 +29,12 @@ def write_plots(study: Study, suffix: PlotFormat) -> None:
     plan, observed = look(study)
     table = make_table(study, plan, observed)
     folder = study.folder / "plots"
+    plots = _draw(study, plan, table, observed)
+    if not plots:
+        say("nothing to draw: no run has logged a number yet")
+        return
     make_directory(folder)
-    for plot in _draw(study, plan, table, observed):
+    for plot in plots:
         path = folder / f"{plot.stem}.{suffix}"
         write_bytes_atomic(path, plot.to_bytes(suffix))
         say(f"{path}: {plot.alt}")

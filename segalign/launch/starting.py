@@ -9,7 +9,7 @@ from segalign.launch.launcher import Launcher
 from segalign.launch.looking import say
 from segalign.launch.plan import PLAN_FILE, Plan, PlannedRun, ResolveConfig, unique_runs
 from segalign.launch.plan_table import plan_rows
-from segalign.launch.planning import PlannedStudy, plan_study, prepare_run
+from segalign.launch.planning import PlannedStudy, plan_is_stale, plan_study, prepare_run
 from segalign.launch.running.local_controller import run_local
 from segalign.launch.running.observing import ObservedRun, observe
 from segalign.launch.running.run_state import ACTIVE, FINISHED, RunStatus
@@ -74,6 +74,11 @@ def start_study(
         plan = planned.plan
     else:
         plan = Plan.load(study.folder)
+        if plan_is_stale(study, plan):
+            say(
+                "note: the study or one of its configs has changed since `sweep run`; this starts "
+                "runs as they were planned then, and `sweep run` those of now"
+            )
         launcher.save(study.folder)
     _launch(study, _chosen(command, _observe(study, plan), launcher), launcher, program)
     if launcher.backend == "local":

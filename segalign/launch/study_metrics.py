@@ -1,10 +1,12 @@
 """What a study's file says of the numbers that are compared, and of their plots."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from segalign.launch.study import MetricSpec, PlotSettings
 from segalign.launch.study_place import Place, as_dataclass, as_list, as_mapping, brief, near
+
+_LESS_IS_BETTER: Final = frozenset({"loss", "fid", "frechet", "kid", "cmmd", "drift"})
 
 
 def read_metrics(
@@ -37,9 +39,8 @@ def _read_metric(entry: Any, stages: Sequence[str], here: Place) -> MetricSpec:
     given = as_mapping(given, here, "{name: test/fid, label: FID, mode: min}")
     if not isinstance(given.get("name"), str):
         raise here.error("the name of each metric", brief(dict(given)), "add `name`")
-    metric = as_dataclass(
-        MetricSpec, {"label": given["name"], **given}, here.of(f"`{given['name']}`"), ""
-    )
+    defaults = {"label": given["name"], "mode": _usual_mode(given["name"])}
+    metric = as_dataclass(MetricSpec, {**defaults, **given}, here.of(f"`{given['name']}`"), "")
     kind = metric.name.partition("/")[0]
     if kind not in ("train", "val", "test") or metric.name.endswith("/"):
         advice = "write it as it is logged"
@@ -48,6 +49,12 @@ def _read_metric(entry: Any, stages: Sequence[str], here: Place) -> MetricSpec:
         advice = "write `stages: [fit, test]`"
         raise here.error("metrics of stages that are run", f"`{metric.name}`", advice)
     return metric
+
+
+def _usual_mode(name: str) -> str:
+    """Tell by its name which direction of a number is the better one."""
+    words = set(name.replace("/", "_").split("_"))
+    return "min" if words & _LESS_IS_BETTER else "max"
 
 
 def read_plots(content: Any, metrics: Sequence[MetricSpec], place: Place) -> PlotSettings:

@@ -94,10 +94,10 @@ class Attempt:
         )
         if self.is_launched:
             code = unmasked_code(log, code, start)
-            if code == 0 and self._asked is not None:
-                # An srun that is ended before its processes says 0. If they were done, the next
-                # attempt finds that there is nothing left to do.
-                code = -signal.SIGTERM
+        if code == 0 and self._asked is not None:
+            # What is ended before its time may say 0, as srun does. If it was done, the next
+            # attempt finds that there is nothing left to do.
+            code = -signal.SIGTERM
         return code, "" if code == 0 else failure_reason(log, code, start)
 
     def _beat(self) -> None:

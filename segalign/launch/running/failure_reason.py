@@ -14,6 +14,8 @@ _LINE = re.compile(r"^(?:\d+: )?(.*)$")
 _TOLD: Final = ("error: ", "stopped: ")
 _PRUNED: Final = "stopped: pruned by the searcher"
 _PREEMPTED: Final = re.compile(r"stopped: SIG\w+ came")
+# What cannot be written cannot be told in a log beside it, either.
+_KNOWN: Final = {75: "; perhaps the disk is full or cannot be written: free some space"}
 _TRACEBACK: Final = "Traceback (most recent call last):"
 
 
@@ -35,7 +37,7 @@ def failure_reason(log: Path, exit_code: int, start: int = 0) -> str:
     signalled = signal_reason(exit_code)
     raised = _last_exception(lines)
     if signalled is None and raised is None:
-        return f"ended with exit code {exit_code} and no message"
+        return f"ended with exit code {exit_code} and no message{_KNOWN.get(exit_code, '')}"
     return signalled or (raised or "")[:_LONGEST]
 
 

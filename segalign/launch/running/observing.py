@@ -66,12 +66,17 @@ def _observe(run: PlannedRun, job: str | None) -> ObservedRun:
     state, is_held = _state_and_lock(directory)
     status = _status(directory, state, is_held, job)
     is_running = status is RunStatus.RUNNING
+    step = None if state is None else logged_step(directory)
+    max_steps = None if spec is None else spec.max_steps
+    if step is not None and max_steps is not None:
+        # Some rows are numbered by the steps before them, others by those before the next.
+        step = min(step, max_steps)
     return ObservedRun(
         run=run,
         status=status,
         state=state,
-        step=None if state is None else logged_step(directory),
-        max_steps=None if spec is None else spec.max_steps,
+        step=step,
+        max_steps=max_steps,
         beat_age=_age(last_beat(directory)) if is_running else None,
         progress_age=_progress_age(directory, state) if is_running else None,
     )

@@ -126,7 +126,11 @@ class OptunaSearch:
 
     def best(self) -> tuple[str, float] | None:
         """Return label and value of the best trial so far; None if none is done."""
-        done = [trial for trial in self._trials() if trial.state.name == "COMPLETE"]
+        done = [
+            trial
+            for trial in self._trials()
+            if trial.state.name == "COMPLETE" and self.space.is_whole(trial.params)
+        ]
         if not done:
             return None
         sign = 1 if self.metric.mode == "max" else -1

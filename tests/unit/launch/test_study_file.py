@@ -83,7 +83,7 @@ folder: somewhere
     assert [level.label for level in study.axes[1].levels] == ["0.0001/5", "3e-05/10"]
     assert study.axes[1].levels[1].settings["model.init_args.lr"] == 3e-5
     assert study.metrics == (
-        MetricSpec(name="val/loss", label="val/loss"),
+        MetricSpec(name="val/loss", label="val/loss", mode="min"),
         MetricSpec(name="test/fid", label="FID", mode="min"),
         MetricSpec(name="val/x", label="val/x", at=40),
     )
