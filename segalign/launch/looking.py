@@ -9,7 +9,13 @@ from rich.console import Console
 from segalign.atomic import write_text_atomic
 from segalign.errors import ConfigError
 from segalign.launch.findings.ablation import AblationTable
-from segalign.launch.findings.ablation_formats import to_csv, to_latex, to_markdown, to_rich
+from segalign.launch.findings.ablation_formats import (
+    to_csv,
+    to_latex,
+    to_markdown,
+    to_rich,
+    to_runs_csv,
+)
 from segalign.launch.findings.ablation_numbers import make_table, unknown_metrics
 from segalign.launch.plan import Plan, unique_runs
 from segalign.launch.planning import plan_is_stale
@@ -70,6 +76,7 @@ def show_table(study: Study, kind: TableFormat) -> None:
         sys.stdout.write(texts[kind])
     for name, text in texts.items():
         write_text_atomic(study.folder / f"table.{_SUFFIXES[name]}", text)
+    write_text_atomic(study.folder / "runs.csv", to_runs_csv(table))
     refuse_unknown(table)
 
 

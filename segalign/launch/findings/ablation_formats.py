@@ -10,11 +10,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from segalign.launch.findings.ablation import AblationTable
+from segalign.launch.findings.ablation import AblationTable, Interval
 from segalign.launch.findings.ablation_text import Amount, CellText, RowText, TableText, table_text
 
 _FIELDS: Final = (
     "variant", "is_base", "seed", "run_id", "status", "metric", "mode", "at", "value",
+)  # fmt: skip
+_STATISTICS: Final = (
+    "variant", "is_base", "metric", "mode", "at", "num_runs", "num_done", "num_failed", "mean",
+    "low", "high", "num", "difference", "difference_low", "difference_high", "difference_num",
 )  # fmt: skip
 _ARROWS: Final = {"max": "↑", "min": "↓"}
 _LATEX: Final = {
@@ -51,6 +55,31 @@ def to_markdown(table: AblationTable) -> str:
 
 
 def to_csv(table: AblationTable) -> str:
+    """Write one line for each variant and metric: mean, interval, and difference to the base.
+
+    Numbers are exact; what is not known is empty.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_STATISTICS)
+    for row in table.rows:
+        num_failed = sum(run.status == "failed" for run in row.runs)
+        counts = (row.num_runs, row.num_done, num_failed)
+        for metric in table.metrics:
+            cell = row.cells[metric.name]
+            own = (row.label, row.label == table.base_label, metric.name, metric.mode, metric.at)
+            writer.writerow([*own, *counts, *_numbers(cell.interval), *_numbers(cell.difference)])
+    return text.getvalue()
+
+
+def _numbers(found: Interval | None) -> list[float | int | str]:
+    if found is None:
+        return ["", "", "", 0]
+    ends = [found.low, found.high] if found.is_known else ["", ""]
+    return [found.mean, *ends, found.num]
+
+
+def to_runs_csv(table: AblationTable) -> str:
     """Write one line for each variant, seed and metric: the long form, which programs read best.
 
     Values are exact. That of a run that is not finished is empty; that of a finished run without
@@ -142,7 +171,7 @@ def _label(row: RowText, escape: Escape, marks: Marks) -> str:
 def _plain_cell(cell: CellText) -> str:
     """Write a cell; the star of Markdown needs no escape where it stands alone after a digit."""
     if cell.amount is None:
-        return "-"
+        return cell.absent
     if cell.difference is None:
         return _plain(cell.amount)
     return f"{_plain(cell.amount)} ({_plain(cell.difference)}){_star(cell)}"
@@ -163,7 +192,7 @@ def _count(amount: Amount) -> str:
 
 def _latex_cell(cell: CellText) -> str:
     if cell.amount is None:
-        return "--"
+        return "--" if cell.absent == "-" else cell.absent
     if cell.difference is None:
         return _latex_amount(cell.amount)
     star = "$^{*}$" if cell.is_clear else ""

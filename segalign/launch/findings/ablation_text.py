@@ -35,11 +35,12 @@ class CellText:
     """A cell.
 
     Attributes:
-        amount: Its number; None shows a dash.
+        amount: Its number; None shows what is there instead.
         difference: To the base; None where there is none.
         is_clear: Whether the difference's interval excludes zero.
         is_better: Whether the difference is to the better side.
         marks: Numbers of footnotes.
+        absent: What is shown where there is no number: a dash, or how all of its runs stand.
     """
 
     amount: Amount | None
@@ -47,6 +48,7 @@ class CellText:
     is_clear: bool = False
     is_better: bool = False
     marks: tuple[int, ...] = ()
+    absent: str = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class RowText:
     Attributes:
         label: Its label.
         is_base: Whether differences are to it.
-        runs: Finished and planned runs, ``2/3``.
+        runs: Finished and planned runs, ``2/3``, and how many have failed.
         cells: As many as there are metrics.
         marks: Numbers of footnotes.
     """
@@ -105,7 +107,7 @@ def table_text(table: AblationTable) -> TableText:
             RowText(
                 label=row.label,
                 is_base=row.label == table.base_label,
-                runs=f"{row.num_done}/{row.num_runs}",
+                runs=_runs(row),
                 cells=cells,
                 marks=own_marks,
             )
@@ -159,13 +161,24 @@ def _cell(row: AblationRow, metric: MetricSpec, decimals: int, footnotes: _Footn
     notes = [f"{row.label}, {metric.label}: {note}" for note in cell.notes]
     marks = footnotes.add(notes)
     if cell.interval is None:
-        return CellText(amount=None, marks=marks)
+        return CellText(amount=None, marks=marks, absent=_absent(row))
     count = cell.interval.num if cell.interval.num != row.num_runs else None
     return CellText(
         amount=_amount(cell.interval, decimals, count),
         marks=marks,
         **_difference(cell, cell.interval, metric, decimals),
     )
+
+
+def _runs(row: AblationRow) -> str:
+    num_failed = sum(run.status == "failed" for run in row.runs)
+    return f"{row.num_done}/{row.num_runs}{f', {num_failed} failed' if num_failed else ''}"
+
+
+def _absent(row: AblationRow) -> str:
+    """Say how runs stand of which none is finished; a dash where they differ."""
+    standings = {str(run.status) for run in row.runs}
+    return standings.pop() if not row.num_done and len(standings) == 1 else "-"
 
 
 def _difference(

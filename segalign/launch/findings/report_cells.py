@@ -80,7 +80,7 @@ def _cell(cell: AblationCell, text: CellText) -> ReportCell:
         verdict = "better" if text.is_better else "worse"
     return ReportCell(
         value=repr(mean) if math.isfinite(mean) else "",
-        text="-" if text.amount is None else _amount(text.amount),
+        text=text.absent if text.amount is None else _amount(text.amount),
         difference="" if text.difference is None else _amount(text.difference),
         verdict=verdict,
         seeds=", ".join(f"seed {seed}: {value:.6g}" for seed, value in cell.by_seed.items()),

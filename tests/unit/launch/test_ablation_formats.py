@@ -13,7 +13,13 @@ import pytest
 from rich.console import Console
 from toy_results import metric, scored_study, seen
 
-from segalign.launch.findings.ablation_formats import to_csv, to_latex, to_markdown, to_rich
+from segalign.launch.findings.ablation_formats import (
+    to_csv,
+    to_latex,
+    to_markdown,
+    to_rich,
+    to_runs_csv,
+)
 from segalign.launch.findings.ablation_numbers import make_table
 from segalign.launch.findings.ablation_text import column_decimals
 from segalign.launch.running.run_state import RunStatus
@@ -62,7 +68,7 @@ def test_missing_runs_are_dashes_and_footnotes(tmp_path):
     rows = markdown_rows(text)
     assert rows["worse [1]"][0].startswith("0.810 ± 0.127, n=2 (-0.057 ± 0.051)")
     assert rows["worse [1]"][1] == "2/3"
-    assert rows["never [2]"] == ["-", "0/3"]
+    assert rows["never [2]"] == ["pending", "0/3"]
     assert "- [1] worse: seed 2: not started\n" in text
     assert "- [2] never: seeds 0, 1, 2: not started\n" in text
     assert "- 4 of 12 runs are not finished.\n" in text
@@ -98,7 +104,8 @@ def test_arrows_point_to_the_better_side(tmp_path):
 def test_an_unknown_metric_is_a_column_of_dashes_with_one_footnote(tmp_path):
     table = table_of(tmp_path, metrics=(metric("val/score"), metric("val/scroe")))
     text = to_markdown(table)
-    assert all(cells[1] == "-" for cells in list(markdown_rows(text).values())[2:])
+    columns = [cells[1] for cells in list(markdown_rows(text).values())[2:]]
+    assert set(columns) == {"-", "pending"}
     assert text.count("no finished run has `val/scroe`") == 1
 
 
@@ -127,9 +134,31 @@ def test_a_difference_that_rounds_to_nothing_has_no_minus(tmp_path):
     assert rows["b"][0].endswith("(+0.000 ± 0.001)")
 
 
-def test_csv_is_one_exact_line_for_each_run_and_metric(tmp_path):
+def test_failed_runs_are_counted_and_named(tmp_path):
+    study, plan, observed = scored_study(tmp_path, {"a": [0.5, 0.6], "b": [None, None]})
+    observed = [one for one in observed if one.run.label == "a"]
+    observed += [seen(run, RunStatus.FAILED) for run in plan.of("b")]
+    table = make_table(study, plan, observed)
+    rows = markdown_rows(to_markdown(table))
+    assert rows["b [1]"] == ["failed", "0/2, 2 failed"]
+    (line,) = [r for r in csv.DictReader(io.StringIO(to_csv(table))) if r["variant"] == "b"]
+    assert (line["num_failed"], line["mean"], line["num"]) == ("2", "", "0")
+
+
+def test_csv_has_the_statistics_of_the_table(tmp_path):
+    table = table_of(tmp_path, {"a": [0.5, 0.7, 0.9], "b": [0.6, 0.9, 1.2]})
+    first, second = csv.DictReader(io.StringIO(to_csv(table)))
+    assert (first["variant"], first["is_base"], first["difference"]) == ("a", "True", "")
+    assert float(second["mean"]) == pytest.approx(0.9)
+    assert float(second["difference"]) == pytest.approx(0.2)
+    # Student's t of two degrees of freedom is 4.303.
+    assert float(second["difference_high"]) == pytest.approx(0.2 + 4.3027 * 0.1 / 3**0.5, rel=1e-4)
+    assert (second["num_runs"], second["num_done"], second["difference_num"]) == ("3", "3", "3")
+
+
+def test_csv_of_runs_is_one_exact_line_for_each_run_and_metric(tmp_path):
     scores = {"plain": [1 / 3, math.nan], 'odd, "one"': [0.5, None]}
-    rows = list(csv.DictReader(io.StringIO(to_csv(table_of(tmp_path, scores)))))
+    rows = list(csv.DictReader(io.StringIO(to_runs_csv(table_of(tmp_path, scores)))))
     assert list(rows[0]) == [
         "variant", "is_base", "seed", "run_id", "status", "metric", "mode", "at", "value",
     ]  # fmt: skip
@@ -149,7 +178,7 @@ def test_latex_shows_the_same_numbers(tmp_path):
     text = to_latex(table_of(tmp_path))
     rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in latex_rows(text)}
     assert rows["better"][0] == r"$0.904 \pm 0.026$ ($+0.031 \pm 0.010$)$^{*}$"
-    assert rows[r"never\textsuperscript{2}"][0] == "--"
+    assert rows[r"never\textsuperscript{2}"][0] == "pending"
     assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
     assert "\\begin{tabular}{lrr}" in text
 
