@@ -9,6 +9,7 @@ import yaml
 from omegaconf.errors import InterpolationKeyError
 
 from segalign.errors import ConfigError
+from segalign.yaml_errors import yaml_errors
 
 
 def check_config_files(paths: Sequence[Path], link_targets: Sequence[str]) -> None:
@@ -54,17 +55,8 @@ def locate_key(paths: Sequence[Path], key: str) -> Path | None:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    try:
+    with yaml_errors(path):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-        raise ConfigError(
-            f"expected YAML in `{path}`{line}; got: {error.problem}. Correct the file."
-        ) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"expected UTF-8 YAML in `{path}`; got: {error}. Correct the file."
-        ) from error
     if not isinstance(content, Mapping):
         raise ConfigError(
             f"expected settings in `{path}`, such as `trainer: {{max_steps: 10}}`; "

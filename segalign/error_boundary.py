@@ -6,13 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 
-from segalign.errors import (
-    ConfigError,
-    PreemptedError,
-    PrunedError,
-    SegalignError,
-    TerminatedError,
-)
+from segalign.errors import ConfigError, SegalignError, StoppedError
 
 DEBUG_VARIABLE = "SEGALIGN_DEBUG"
 # How PyTorch hands on an error of another process: its message is the whole traceback.
@@ -30,11 +24,7 @@ def run_guarded(command: Callable[[], int]) -> int:
         known = find_user_error(error)
         if known is None or os.environ.get(DEBUG_VARIABLE) == "1":
             raise
-        word = (
-            "stopped"
-            if isinstance(known, PreemptedError | PrunedError | TerminatedError)
-            else "error"
-        )
+        word = "stopped" if isinstance(known, StoppedError) else "error"
         sys.stderr.write(f"{word}: {' '.join(original_message(known).split())}\n")
         return exit_code(known)
 

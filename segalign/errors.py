@@ -35,7 +35,11 @@ class NonFiniteError(SegalignError, ArithmeticError):
     exit_code = 70
 
 
-class PreemptedError(SegalignError):
+class StoppedError(SegalignError):
+    """Training ended before its time, which is no failure; it is told as ``stopped: ...``."""
+
+
+class PreemptedError(StoppedError):
     """Training was stopped by a signal, and its checkpoint is saved (exit code 85).
 
     It is no failure: the same command with ``--ckpt_path auto`` goes on.
@@ -44,7 +48,7 @@ class PreemptedError(SegalignError):
     exit_code = 85
 
 
-class TerminatedError(SegalignError):
+class TerminatedError(StoppedError):
     """Training was ended by SIGTERM, without a checkpoint of its own (exit code 143).
 
     The same command with ``--ckpt_path auto`` goes on from the last checkpoint.
@@ -53,7 +57,7 @@ class TerminatedError(SegalignError):
     exit_code = 143
 
 
-class PrunedError(SegalignError):
+class PrunedError(StoppedError):
     """Training was stopped by a searcher, because other trials do better (exit code 86).
 
     It is no failure: the run counts as finished.

@@ -11,6 +11,7 @@ from typing import Any, Final
 import yaml
 
 from segalign.errors import ConfigError
+from segalign.yaml_errors import yaml_errors
 
 _FLOAT: Final = re.compile(
     r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -82,16 +83,8 @@ def read_yaml(path: Path, what: str) -> Any:
         ConfigError: If there is none, or it is no YAML.
     """
     try:
-        return _SafeLoader(path.read_text(encoding="utf-8")).get_single_data()
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-        raise ConfigError(
-            f"expected YAML in `{path}`{line}; got: {error.problem}. Correct the file."
-        ) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"expected UTF-8 YAML in `{path}`; got: {error}. Correct the file."
-        ) from error
+        with yaml_errors(path):
+            return _SafeLoader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(
             f"expected {what} at `{path}`; got: {error.strerror}. Give the path of one."

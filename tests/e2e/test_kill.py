@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from command_client import CommandServer
+from run_comparison import assert_same_training, losses
 
 from segalign.run_directory import list_checkpoints, newest_checkpoint, read_best
 from segalign.run_format import load_checkpoint
@@ -45,22 +46,8 @@ def straight(server, start, tmp_path_factory):
     return run_dir
 
 
-def losses(run_dir: Path) -> dict[int, str]:
-    records: dict[int, str] = {}
-    for line in (run_dir / "losses.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        assert records.setdefault(record["batch"], record["loss"]) == record["loss"]
-    return records
-
-
 def assert_ended_alike(straight: Path, broken: Path) -> None:
-    assert losses(broken) == losses(straight)
-    for name in ("model", "ema", "optimizer"):
-        one, other = (
-            (newest_checkpoint(run) / f"{name}.safetensors").read_bytes()
-            for run in (straight, broken)
-        )
-        assert one == other, name
+    assert_same_training(broken, straight)
     assert load_checkpoint(newest_checkpoint(broken))["global_step"] == len(losses(straight))
     stale = [p.name for p in (broken / "checkpoints").iterdir() if p.name.startswith(".")]
     assert stale == []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from command_client import CommandServer
+from run_comparison import assert_same_training, losses
 
 from segalign.run_directory import list_checkpoints, newest_checkpoint, read_best
 from segalign.run_format import load_checkpoint
@@ -83,22 +84,8 @@ def sending(number: int, at_step: int = 0, **settings) -> list[str]:
     ]
 
 
-def losses(run_dir: Path) -> dict[int, str]:
-    records: dict[int, str] = {}
-    for line in (run_dir / "losses.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        assert records.setdefault(record["batch"], record["loss"]) == record["loss"]
-    return records
-
-
 def assert_ended_alike(broken: Path, straight: Path) -> None:
-    assert losses(broken) == losses(straight)
-    for name in ("model", "ema", "optimizer"):
-        one, other = (
-            (newest_checkpoint(run) / f"{name}.safetensors").read_bytes()
-            for run in (broken, straight)
-        )
-        assert one == other, name
+    assert_same_training(broken, straight)
     one, other = ((run / "logs" / "metrics.csv").read_text() for run in (broken, straight))
     assert one == other
     assert read_best(broken) == read_best(straight)

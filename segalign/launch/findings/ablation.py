@@ -92,6 +92,11 @@ class AblationRow:
     missing: Sequence[str] = field(default_factory=tuple)
     runs: Sequence[AblationRun] = field(default_factory=tuple)
 
+    @property
+    def num_failed(self) -> int:
+        """Runs that have failed."""
+        return sum(run.status is RunStatus.FAILED for run in self.runs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AblationTable:

@@ -63,8 +63,7 @@ def to_csv(table: AblationTable) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_STATISTICS)
     for row in table.rows:
-        num_failed = sum(run.status == "failed" for run in row.runs)
-        counts = (row.num_runs, row.num_done, num_failed)
+        counts = (row.num_runs, row.num_done, row.num_failed)
         for metric in table.metrics:
             cell = row.cells[metric.name]
             own = (row.label, row.label == table.base_label, metric.name, metric.mode, metric.at)

@@ -171,8 +171,8 @@ def _cell(row: AblationRow, metric: MetricSpec, decimals: int, footnotes: _Footn
 
 
 def _runs(row: AblationRow) -> str:
-    num_failed = sum(run.status == "failed" for run in row.runs)
-    return f"{row.num_done}/{row.num_runs}{f', {num_failed} failed' if num_failed else ''}"
+    failed = f", {row.num_failed} failed" if row.num_failed else ""
+    return f"{row.num_done}/{row.num_runs}{failed}"
 
 
 def _absent(row: AblationRow) -> str:

@@ -20,7 +20,7 @@ from segalign.errors import ConfigError
 from segalign.launch.running.run_folder import LOCK_FILE, sweep_folder
 
 _HELD: Final = (errno.EWOULDBLOCK, errno.EACCES)
-UNSUPPORTED: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+_UNSUPPORTED: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 # Those who look at a lock hold it for a moment themselves.
 PATIENCE: Final = 1.0  # seconds
 _logger = logging.getLogger(__name__)
@@ -65,8 +65,16 @@ def run_lock(
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with storage_errors(path):
-            is_certain = _take(descriptor, run_dir, patience, is_told)
-        yield (descriptor,) if is_certain else ()
+            is_taken = take_lock(descriptor, patience, is_told=is_told)
+        if is_taken is False:
+            raise held_elsewhere(run_dir)
+        if is_taken is None:
+            _logger.warning(
+                "`%s` is on a file system without locks: whether it is running already is told by "
+                "its heartbeat alone",
+                run_dir,
+            )
+        yield (descriptor,) if is_taken else ()
     finally:
         # Closed, not unlocked: unlocking would take it from a child that lives on.
         os.close(descriptor)
@@ -91,25 +99,38 @@ def is_locked(run_dir: Path) -> bool | None:
         os.close(descriptor)
 
 
-def _take(descriptor: int, run_dir: Path, patience: float, is_told: Callable[[], bool]) -> bool:
-    """Lock an open file; return False where there are no locks."""
+def take_lock(
+    descriptor: int,
+    patience: float,
+    *,
+    is_told: Callable[[], bool] = lambda: False,
+    poll: float = 0.01,
+) -> bool | None:
+    """Lock an open file for whoever has it open.
+
+    Args:
+        descriptor: The file.
+        patience: How long to wait, in seconds.
+        is_told: Says that there is no more time to wait.
+        poll: Seconds between two attempts.
+
+    Returns:
+        False if another process holds it; None where the file system has no locks.
+
+    Raises:
+        OSError: If it cannot be locked for another reason.
+    """
     deadline = time.monotonic() + patience
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in UNSUPPORTED:
-                _logger.warning(
-                    "`%s` is on a file system without locks (%s): whether it is running already is "
-                    "told by its heartbeat alone",
-                    run_dir,
-                    error.strerror,
-                )
-                return False
+            if error.errno in _UNSUPPORTED:
+                return None
             if error.errno not in _HELD:
                 raise
-            if time.monotonic() > deadline or is_told():
-                raise held_elsewhere(run_dir) from error
-            time.sleep(0.01)
         else:
             return True
+        if time.monotonic() > deadline or is_told():
+            return False
+        time.sleep(poll)

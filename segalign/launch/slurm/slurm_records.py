@@ -14,11 +14,9 @@ way is neither lost nor made twice.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from typing import Self
 
 from segalign.atomic import make_directory, storage_errors, write_text_atomic
 from segalign.errors import DataError
-from segalign.launch.running.run_lock import UNSUPPORTED
+from segalign.launch.running.run_lock import take_lock
 from segalign.launch.running.run_state import FINISHED, read_state
 from segalign.launch.slurm.slurm_commands import ClusterError
 
@@ -133,39 +131,22 @@ def jobs_lock(folder: Path) -> Iterator[int]:
     with storage_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _wait_for(descriptor, path)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _wait_for(descriptor: int, path: Path) -> None:
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        with storage_errors(path), contextlib.suppress(BlockingIOError):
-            _try_lock(descriptor, path)
-            return
-        if time.monotonic() > deadline:
+        with storage_errors(path):
+            is_taken = take_lock(descriptor, _LOCK_SECONDS, poll=_LOCK_POLL_SECONDS)
+        if is_taken is False:
             raise ClusterError(
                 f"expected to submit or cancel jobs; another command holds `{path}` for "
                 f"{_LOCK_SECONDS:.0f} s. Try again when it has ended."
             )
-        time.sleep(_LOCK_POLL_SECONDS)
-
-
-def _try_lock(descriptor: int, path: Path) -> None:
-    """Lock an open file, where that can be done at all."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        _logger.warning(
-            "`%s` is on a file system without locks (%s): submit jobs of this study from one "
-            "command at a time",
-            path,
-            error.strerror,
-        )
+        if is_taken is None:
+            _logger.warning(
+                "`%s` is on a file system without locks: submit jobs of this study from one "
+                "command at a time",
+                path,
+            )
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _number(path: Path) -> int:

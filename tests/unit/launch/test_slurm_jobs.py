@@ -180,7 +180,7 @@ def test_a_disk_without_locks_takes_jobs(study, runs, commands, monkeypatch, cap
     def refuse(descriptor: int, operation: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("segalign.launch.slurm.slurm_records.fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     assert submit(study, runs, ("p",), ()).job_id == "7"
     assert "without locks" in caplog.text
 
