@@ -3,7 +3,9 @@
 from typing import Any
 
 from callbacks.checkpoint import RunCheckpoint, SafetensorsCheckpointIO
+from callbacks.hang_watch import HangWatch
 from callbacks.image_writer import ImageWriter
+from callbacks.non_finite import NonFiniteSteps
 from callbacks.preemption import Preemption
 from callbacks.progress import StepProgressBar
 from callbacks.run_config import RunConfigWriter
@@ -14,8 +16,12 @@ from callbacks.step_rng import StepRng
 def run_parts() -> dict[str, Any]:
     """Name the classes and functions, as ``lightning_modules.cli.RunParts`` wants them."""
     return {
-        "checkpoint": RunCheckpoint,
-        "preemption": Preemption,
+        "keyed": {
+            "non_finite": NonFiniteSteps,
+            "hang_watch": HangWatch,
+            "checkpoint": RunCheckpoint,
+            "preemption": Preemption,
+        },
         "checkpoint_io": SafetensorsCheckpointIO,
         "run_config": RunConfigWriter,
         "step_rng": StepRng,

@@ -1,7 +1,7 @@
 """The command line of training and evaluation: configs in, a run directory out."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ class RunParts:
     """What every run has besides its model and data; ``main.py`` chooses it.
 
     Attributes:
-        checkpoint: Callback class whose arguments become the ``checkpoint`` key.
-        preemption: Callback class whose arguments become the ``preemption`` key.
+        keyed: Callback classes whose arguments become a key of every config, such as
+            ``checkpoint``, by that key; in this order they are called.
         checkpoint_io: Makes the plugin that reads and writes checkpoints.
         run_config: Makes the writer of the run's record, from the resolved config, the command
             line and the names of the config files.
@@ -48,8 +48,7 @@ class RunParts:
         loggers: Makes the loggers, from run directory, subcommand and first optimizer step.
     """
 
-    checkpoint: type[Callback]
-    preemption: type[Callback]
+    keyed: Mapping[str, type[Callback]]
     checkpoint_io: Callable[[], CheckpointIO]
     run_config: Callable[[dict[str, Any], list[str], list[str]], Callback]
     step_rng: Callable[[int], Callback]
@@ -125,8 +124,8 @@ class SegalignCLI(LightningCLI):
             default={},
             help="Values that several settings share, used as ${vars.NAME}.",
         )
-        parser.add_lightning_class_args(self.parts.checkpoint, "checkpoint")
-        parser.add_lightning_class_args(self.parts.preemption, "preemption")
+        for key, callback in self.parts.keyed.items():
+            parser.add_lightning_class_args(callback, key)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

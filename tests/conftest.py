@@ -9,6 +9,12 @@ import pytest
 TESTS = Path(__file__).parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--nightly", action="store_true", help="Let tests of reliability kill and corrupt for long."
+    )
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment():
     """Undo what a test, or Lightning's seeding, writes into the environment."""

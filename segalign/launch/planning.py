@@ -23,7 +23,7 @@ from segalign.launch.yaml_dialect import dump_yaml
 
 _ID_DIGITS: Final = 12
 # Where a run is and how it is stopped is no part of what it is.
-_NOT_HASHED: Final = ("run_dir", "preemption")
+_NOT_HASHED: Final = ("run_dir", "preemption", "hang_watch")
 _MAX_NAMED: Final = 4
 _SEE: Final = re.compile(r" \(see `[^`]*`\)")
 

@@ -4,13 +4,12 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_client import CommandServer
+from command_client import CommandServer, free_port
 
 from segalign.run_directory import newest_checkpoint
 
@@ -31,12 +30,6 @@ def config(tmp_path, toy_config):
     layer = tmp_path / "two.yaml"
     layer.write_text("trainer: {devices: 2, strategy: ddp, callbacks: [callbacks.ema.EMA]}")
     return [f"--config={toy_config}", f"--config={layer}"]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -1,12 +1,19 @@
 """Run ``main.py`` commands in forked processes, which inherit the costly imports.
 
-Reads one JSON list of arguments per line; answers the child's process id, then its exit code
-(negative: the signal that ended it).
+Reads one JSON object per line and answers one number: to ``{"start": arguments, ...}`` the child's
+process id, to ``{"wait": process id, "seconds": at most}`` its exit code (negative: the signal that
+ended it).
 """
 
+import importlib
 import json
 import os
+import signal
 import sys
+import time
+from typing import Any
+
+NEVER_ENDED = 1000
 
 
 def answer(number: int) -> None:
@@ -14,25 +21,72 @@ def answer(number: int) -> None:
     sys.stdout.flush()
 
 
+def wait(child: int, seconds: float) -> int:
+    """Wait for a child; one that takes longer is killed, and ``NEVER_ENDED`` is its exit code."""
+    deadline = time.monotonic() + seconds
+    while True:
+        process, status = os.waitpid(child, os.WNOHANG)
+        if process:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return NEVER_ENDED
+        time.sleep(0.005)
+
+
 def serve() -> None:
     import toy_house  # noqa: F401
 
-    import main
-    from callbacks import checkpoint, progress, run_config, run_loggers, step_rng  # noqa: F401
+    import main  # noqa: F401
+    from callbacks import (  # noqa: F401
+        checkpoint,
+        hang_watch,
+        non_finite,
+        preemption,
+        progress,
+        run_config,
+        run_loggers,
+        step_rng,
+    )
     from datamodules import long_caption  # noqa: F401
-    from lightning_modules import cli, long_text_diffusion, reward_finetuning  # noqa: F401
+    from lightning_modules import (  # noqa: F401
+        cli,
+        long_text_diffusion,
+        reward_finetuning,
+        scenes_scorer,
+    )
     from segalign.rewards import zoo  # noqa: F401
 
     for line in sys.stdin:
-        arguments, log = json.loads(line)
+        order = json.loads(line)
+        if "wait" in order:
+            answer(wait(order["wait"], order["seconds"]))
+            continue
         child = os.fork()
         if child == 0:
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            os._exit(main.main(arguments))
+            obey(order)
         answer(child)
-        answer(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def obey(order: dict[str, Any]) -> None:
+    """Be the child: take its environment and output, break what shall be broken, and run."""
+    import main
+
+    descriptor = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(order["variables"])
+    code = 1
+    try:
+        for name in order["broken"]:
+            module, _, function = name.rpartition(".")
+            getattr(importlib.import_module(module), function)()
+        code = main.main(order["start"])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

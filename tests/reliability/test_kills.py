@@ -9,20 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from command_client import CommandServer
 from run_comparison import assert_same_training, losses
 
 from segalign.run_directory import list_checkpoints, newest_checkpoint, read_best
 from segalign.run_format import load_checkpoint
-
-pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = CommandServer()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
