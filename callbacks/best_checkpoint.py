@@ -4,12 +4,14 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
+from callbacks.failed_saves import on_rank_zero
 from segalign.diffusion.generator import Weights
 from segalign.errors import ConfigError
 from segalign.run_directory import BestRecord, best_checkpoint, forget_best, read_best, write_best
@@ -114,10 +116,14 @@ class BestValue:
         return value > self.value if self.mode == "max" else value < self.value
 
     def keep(self, trainer: pl.Trainer, run_dir: Path, value: float) -> None:
-        """Record that the checkpoint of this step, which has been saved, is the best so far."""
+        """Record that the checkpoint of this step, which has been saved, is the best so far.
+
+        Raises:
+            StorageError: On every rank, if rank 0 cannot write it; the best is then as before.
+        """
+        record = BestRecord(trainer.global_step, self.monitor, value, self.mode)
+        on_rank_zero(trainer, partial(write_best, run_dir, record))
         self.value = value
-        if trainer.is_global_zero:
-            write_best(run_dir, BestRecord(trainer.global_step, self.monitor, value, self.mode))
 
 
 @contextlib.contextmanager

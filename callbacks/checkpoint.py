@@ -2,28 +2,26 @@
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from callbacks.best_checkpoint import BestValue, MonitorMode
+from callbacks.failed_saves import FailedSaves, on_rank_zero, save_on_rank_zero
 from callbacks.unfinished_step import UnfinishedStep, forget_later
 from segalign.atomic import make_directory, remove_directory
 from segalign.errors import ConfigError
-from segalign.run_directory import (
-    checkpoint_path,
-    checkpoints_directory,
-    prune_checkpoints,
-    remove_stale,
-)
+from segalign.run_directory import checkpoint_path, checkpoints_directory
 from segalign.run_format import load_checkpoint, save_checkpoint
 from segalign.run_start import check_start, clear_superseded
+from segalign.run_tidying import prune_checkpoints, remove_stale
 from segalign.trainable import trainable_parameters, trainable_state_dict
 
 _HYPER_PARAMETERS = (
@@ -80,6 +78,12 @@ class RunCheckpoint(Checkpoint):
         monitor: Name of a logged value, such as ``val/loss``, that is looked at after each
             validation; where it is the best so far, a checkpoint of that very step is kept.
         monitor_mode: ``max`` if larger is better, else ``min``.
+        max_failed_saves: So many periodic checkpoints in a row may find no room on the disk, each
+            told in a warning, before the run ends. The last checkpoint of a run, and that of a
+            signal, never fail in silence.
+        allow_changes: Settings of a resumed run, such as ``model.init_args.max_grad_norm``, that
+            may differ from those of its checkpoint, alone or with what lies below them. It is
+            looked at before anything is built.
 
     Raises:
         ConfigError: If ``keep`` is below 2.
@@ -92,6 +96,8 @@ class RunCheckpoint(Checkpoint):
         overwrite: bool = False,
         monitor: str | None = None,
         monitor_mode: MonitorMode = "max",
+        max_failed_saves: NonNegativeInt = 0,
+        allow_changes: list[str] | None = None,
     ) -> None:
         super().__init__()
         if keep < 2:
@@ -100,7 +106,9 @@ class RunCheckpoint(Checkpoint):
         self.keep = keep
         self.overwrite = overwrite
         self._run_dir = Path()
-        self._saved_step = 0
+        self.allow_changes = allow_changes or []
+        self._failures = FailedSaves(max_failed_saves)
+        self._saved_step = self._tried_step = 0
         self._saved_path: Path | None = None
         self._seen_step = 0
         self._at_step_end = False
@@ -123,18 +131,20 @@ class RunCheckpoint(Checkpoint):
         start = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
         if not self.overwrite:
             check_start(self._run_dir, start)
-        if trainer.is_global_zero:
-            make_directory(checkpoints_directory(self._run_dir))
-            remove_stale(self._run_dir)
-            clear_superseded(self._run_dir, start, delete=self.overwrite)
-            forget_later(self._run_dir, start)
+        on_rank_zero(trainer, partial(self._tidy, start))
         if self._best is not None:
             self._best.take_over(trainer, self._run_dir)
+
+    def _tidy(self, start: Path | None) -> None:
+        make_directory(checkpoints_directory(self._run_dir))
+        remove_stale(self._run_dir)
+        clear_superseded(self._run_dir, start, delete=self.overwrite)
+        forget_later(self._run_dir, start)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count optimizer steps from here, after the validation that a stop has cut off."""
-        self._saved_step = self._seen_step = trainer.global_step
+        self._saved_step = self._tried_step = self._seen_step = trainer.global_step
         self._saved_path = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
         if self._best is not None:
             self._best.check_schedule(trainer)
@@ -155,9 +165,10 @@ class RunCheckpoint(Checkpoint):
         self._unfinished.is_due = False
         if self._at_step_end:
             self._unfinished.note_step_end(trainer)
-        is_due = step // self.every_n_steps > self._saved_step // self.every_n_steps
-        if step > self._saved_step and (is_due or step == trainer.max_steps):
-            self._save(trainer)
+        is_last = step == trainer.max_steps
+        is_due = step // self.every_n_steps > self._tried_step // self.every_n_steps
+        if step > self._saved_step and (is_due or is_last):
+            self._save(trainer, may_fail=not is_last)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -168,18 +179,21 @@ class RunCheckpoint(Checkpoint):
         if self._best is not None:
             self._keep_if_best(trainer, self._best)
         if was_due and not getattr(trainer, "fast_dev_run", False):
-            self._unfinished.note_validated(trainer, self._run_dir)
+            note = partial(self._unfinished.note_validated, trainer, self._run_dir)
+            self._failures.forgive(trainer, partial(on_rank_zero, trainer, note))
 
     def _keep_if_best(self, trainer: pl.Trainer, best: BestValue) -> None:
         value = best.look_up(trainer)
         if getattr(trainer, "fast_dev_run", False) or not best.is_beaten_by(value):
             return
-        if self.save_step(trainer) is None:
+        is_new = trainer.global_step > self._saved_step
+        if not (self._at_step_end if is_new else self._saved_path):
             _logger.warning("no checkpoint of the best value: a step was under way")
             return
-        best.keep(trainer, self._run_dir, value)
-        if trainer.is_global_zero:
-            prune_checkpoints(self._run_dir, self.keep)
+        if is_new and not self._save(trainer, may_fail=True):
+            return
+        if self._failures.forgive(trainer, partial(best.keep, trainer, self._run_dir, value)):
+            self._prune(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -193,7 +207,7 @@ class RunCheckpoint(Checkpoint):
                 self._best.monitor,
             )
         if not getattr(trainer, "fast_dev_run", False):
-            self._unfinished.note_ended(trainer, self._run_dir)
+            on_rank_zero(trainer, partial(self._unfinished.note_ended, trainer, self._run_dir))
 
     def save_step(self, trainer: pl.Trainer) -> Path | None:
         """Save the last optimizer step, unless that is done; all ranks must call it together.
@@ -209,17 +223,23 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer)
         return self._saved_path
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def _save(self, trainer: pl.Trainer, *, may_fail: bool = False) -> bool:
+        """Save this step; return whether it is saved."""
         if getattr(trainer, "fast_dev_run", False):
-            return
-        step = trainer.global_step
-        for logger in trainer.loggers:
-            logger.save()
+            return False
+        step = self._tried_step = trainer.global_step
         path = checkpoint_path(self._run_dir, step)
-        trainer.save_checkpoint(path, weights_only=False)
+        save = partial(save_on_rank_zero, trainer, path)
+        if not may_fail:
+            save()
+        elif not self._failures.tolerate(trainer, save):
+            return False
         self._saved_step, self._saved_path = step, path
-        if trainer.is_global_zero:
-            prune_checkpoints(self._run_dir, self.keep)
+        self._prune(trainer)
+        return True
+
+    def _prune(self, trainer: pl.Trainer) -> None:
+        on_rank_zero(trainer, partial(prune_checkpoints, self._run_dir, self.keep))
 
     @override
     def on_save_checkpoint(
@@ -227,7 +247,7 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         """Leave frozen weights out, and say whether a validation is due."""
         checkpoint["state_dict"] = trainable_state_dict(pl_module, checkpoint["state_dict"])
-        self._unfinished.store(checkpoint)
+        self._unfinished.store(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(

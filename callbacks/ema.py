@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from segalign.ema import TrainableEMA
+from segalign.skipped_steps import skipped_step
 
 
 class EMA(Callback):
@@ -54,10 +55,11 @@ class EMA(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Update once for each optimizer step, not for each micro-batch."""
+        """Update once for each optimizer step that was not skipped, not for each micro-batch."""
         if trainer.global_step > self._seen_step:
             self._seen_step = trainer.global_step
-            self._attach(pl_module).update(pl_module)
+            if skipped_step(pl_module) is None:
+                self._attach(pl_module).update(pl_module)
 
     @override
     def on_save_checkpoint(

@@ -27,6 +27,8 @@ class Preemption(Checkpoint):
     its queue. A resumed run goes on as if nothing had happened: what a stop has cut off, such as a
     validation, is made up for. It works without SLURM too: ``kill -USR1 PID``.
 
+    With several ranks, SIGTERM that is not the signal ends a rank at once, and so all of them.
+
     Lightning takes it for a checkpoint callback, and therefore calls it after all others: what it
     saves holds what they have done at this step.
 
@@ -65,6 +67,8 @@ class Preemption(Checkpoint):
         Raises:
             ConfigError: If a job that comes back would start over.
         """
+        if trainer.world_size > 1:
+            _leave_sigterm_alone(trainer)
         if self.signal is None or stage != "fit" or getattr(trainer, "fast_dev_run", False):
             return
         if self.requeue and _checkpoints(trainer).overwrite and slurm_job() is not None:
@@ -75,9 +79,7 @@ class Preemption(Checkpoint):
         self._flag = SignalFlag(signals.Signals[f"SIG{self.signal}"])
         self._flag.listen()
         if self.signal == "TERM":
-            # Lightning's own handler of SIGTERM talks to other ranks, wherever they may be.
-            connector: Any = trainer._signal_connector
-            connector.register_signal_handlers = _register_nothing
+            _leave_sigterm_alone(trainer)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -258,6 +260,16 @@ def let_children_end(trainer: pl.Trainer) -> None:
     """Keep Lightning from killing this process because those that it started end with a code."""
     launched: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
     launched.clear()
+
+
+def _leave_sigterm_alone(trainer: pl.Trainer) -> None:
+    """Keep Lightning from handling SIGTERM.
+
+    Its handler talks to the other ranks, wherever they may be, and all wait for each other. A rank
+    that does not listen to SIGTERM ends by it at once, and the others as after any other death.
+    """
+    connector: Any = trainer._signal_connector
+    connector.register_signal_handlers = _register_nothing
 
 
 def _register_nothing() -> None:

@@ -4,27 +4,36 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from segalign.atomic import make_directory, write_text_atomic
+from callbacks.failed_saves import on_rank_zero
+from segalign.atomic import make_directory, remove_temporaries, write_text_atomic
+from segalign.json_text import parse_json
 
-_PACKAGES = ("torch", "lightning", "diffusers", "transformers", "segalign")
+_PACKAGES = (
+    "torch", "lightning", "diffusers", "transformers", "segalign", "jsonargparse", "numpy",
+    "omegaconf", "open_clip_torch", "peft", "pillow", "safetensors", "tokenizers", "torchmetrics",
+    "torchvision",
+)  # fmt: skip
 
 
 class RunConfigWriter(Callback):
     """Write the resolved config and a record of every attempt into the run directory.
 
     The first attempt writes ``config.yaml``; a later one that differs writes
-    ``config.attempt-N.yaml``. ``run.json`` lists all attempts. Every checkpoint carries the config
-    too.
+    ``config.attempt-N.yaml``. ``run.json`` lists all attempts: when, where and by what command, on
+    how many devices, with which seeds, versions and commit, from which checkpoint, and which
+    settings were allowed to differ from that checkpoint's. Every checkpoint carries the config too.
 
     Args:
         config: The resolved config, plain data.
@@ -39,15 +48,37 @@ class RunConfigWriter(Callback):
         self._config = dict(config)
         self._command = ["main.py", *command]
         self._sources = list(sources)
+        self._attempts: list[dict[str, Any]] = []
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write the record of this attempt."""
-        if stage != "fit" or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
-            return
+        """Write the record of this attempt.
+
+        Raises:
+            StorageError: On every rank, if rank 0 cannot write it.
+        """
+        if stage == "fit" and not getattr(trainer, "fast_dev_run", False):
+            on_rank_zero(trainer, partial(self._write, trainer))
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Record the checkpoint that this attempt goes on from, which is known by now.
+
+        Raises:
+            StorageError: On every rank, if rank 0 cannot write it.
+        """
+        if trainer.ckpt_path is not None and not getattr(trainer, "fast_dev_run", False):
+            on_rank_zero(trainer, partial(self._write_start, trainer))
+
+    def _write_start(self, trainer: pl.Trainer) -> None:
+        if self._attempts:
+            self._attempts[-1]["checkpoint"] = str(trainer.ckpt_path)
+            _write_attempts(Path(trainer.default_root_dir), self._attempts)
+
+    def _write(self, trainer: pl.Trainer) -> None:
         run_dir = Path(trainer.default_root_dir)
         make_directory(run_dir)
-        attempts = _read_attempts(run_dir / "run.json")
+        attempts = self._attempts = _read_attempts(run_dir / "run.json")
         name = self._write_config(run_dir, len(attempts) + 1)
         attempts.append(
             {
@@ -56,13 +87,19 @@ class RunConfigWriter(Callback):
                 "command": self._command,
                 "config": name,
                 "config_sources": self._sources,
+                "checkpoint": None,
+                "allowed_changes": list(_allowed_changes(self._config)),
                 "seed": self._config.get("seed_everything"),
+                "seeds": dict(_seeds(self._config)),
                 "world_size": trainer.world_size,
+                "host": platform.node(),
+                "device": _device(trainer),
                 "versions": _versions(),
                 "git": _git_state(),
             }
         )
-        write_text_atomic(run_dir / "run.json", json.dumps({"attempts": attempts}, indent=1) + "\n")
+        remove_temporaries(run_dir / "run.json")
+        _write_attempts(run_dir, attempts)
 
     def _write_config(self, run_dir: Path, attempt: int) -> str:
         """Write the config if no earlier attempt had the same; return the name of its file."""
@@ -72,6 +109,7 @@ class RunConfigWriter(Callback):
             if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == text:
                 return path.name
         name = f"config.attempt-{attempt}.yaml" if earlier[0].exists() else "config.yaml"
+        remove_temporaries(run_dir / name)
         write_text_atomic(run_dir / name, text)
         return name
 
@@ -88,14 +126,48 @@ def _read_attempts(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        return list(json.loads(path.read_bytes())["attempts"])
+        return list(parse_json(path.read_bytes())["attempts"])
     except (ValueError, KeyError, TypeError):
         path.replace(path.with_suffix(".unreadable.json"))
         return []
 
 
+def _write_attempts(run_dir: Path, attempts: list[dict[str, Any]]) -> None:
+    text = json.dumps({"attempts": attempts}, indent=1)
+    write_text_atomic(run_dir / "run.json", text + "\n")
+
+
+def _allowed_changes(config: Mapping[str, Any]) -> Sequence[str]:
+    return (config.get("checkpoint") or {}).get("allow_changes") or ()
+
+
+def _seeds(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Find all seeds that a config names, by their dotted keys."""
+    items = config.items() if isinstance(config, Mapping) else enumerate(config)
+    for key, value in items:
+        name = f"{prefix}{key}"
+        is_seed = isinstance(key, str) and (key == "seed_everything" or key.endswith("seed"))
+        if is_seed and (value is None or isinstance(value, int)):
+            yield name, value
+        elif isinstance(value, Mapping | list):
+            yield from _seeds(value, f"{name}.")
+
+
+def _device(trainer: pl.Trainer) -> dict[str, Any]:
+    device = trainer.strategy.root_device
+    is_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_cuda else platform.processor()
+    return {
+        "kind": device.type,
+        "name": name or platform.machine(),
+        "per_node": trainer.num_devices,
+        "nodes": trainer.num_nodes,
+        "precision": str(trainer.precision),
+    }
+
+
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

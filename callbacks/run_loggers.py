@@ -1,26 +1,34 @@
 """TensorBoard and CSV logs that belong to a run directory and survive its restarts."""
 
+import contextlib
 import csv
 import io
+import logging
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
-from segalign.atomic import make_directory, storage_errors, write_text_atomic
+from callbacks.tensorboard_log import RunTensorBoardLogger
+from segalign.appended_file import AppendedFile
+from segalign.atomic import make_directory, remove_temporaries, write_text_atomic
+from segalign.errors import FullDiskError, StorageError
+
+_logger = logging.getLogger(__name__)
 
 
 class RunCSVLogger(Logger):
     """Append metrics to one ``metrics.csv`` per run, whatever the number of attempts.
 
     Lightning's own CSV logger deletes the history when a run resumes. Here a resumed run keeps the
-    rows before the step that it resumes at, and repeats those after it.
+    rows before the step that it resumes at, and repeats those after it. While the disk is full,
+    rows wait in memory; ``save``, which comes before every checkpoint, says so if they still do.
 
     Args:
         save_dir: Directory of ``metrics.csv``.
@@ -32,6 +40,7 @@ class RunCSVLogger(Logger):
         self._directory = Path(save_dir)
         self._resume_step = resume_step
         self._columns: list[str] = []
+        self._waiting: list[dict[str, float]] = []
         self._is_open = False
 
     @property
@@ -69,26 +78,50 @@ class RunCSVLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float | Tensor], step: int | None = None) -> None:
         """Append one row; a new metric widens the table."""
-        self._open()
         row = {name: _number(value) for name, value in metrics.items()}
         row["step"] = -1 if step is None else step
-        new_columns = [name for name in row if name not in self._columns]
+        self._waiting.append(row)
+        try:
+            self.save()
+        except FullDiskError as error:
+            if len(self._waiting) == 1:
+                _logger.warning("rows of the log wait until the next checkpoint: %s", error)
+
+    @override
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the rows that wait.
+
+        Raises:
+            StorageError: If they cannot be written; they go on waiting.
+        """
+        if not self._waiting:
+            return
+        self._open()
+        names = {name for row in self._waiting for name in row}
+        new_columns = sorted(names - set(self._columns))
         if new_columns:
-            self._rewrite([*self._columns, *sorted(new_columns)], self._read())
-        with (
-            storage_errors(self.metrics_file),
-            self.metrics_file.open("a", newline="", encoding="utf-8") as file,
-        ):
-            csv.DictWriter(file, self._columns).writerow(row)
+            self._rewrite([*self._columns, *new_columns], [*self._read(), *self._waiting])
+        else:
+            self._append(self._waiting)
+        self._waiting = []
+
+    @override
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write the rows that wait; after a failure, as far as it goes."""
+        with contextlib.suppress(*(() if status == "success" else (StorageError,))):
+            self.save()
 
     def _open(self) -> None:
         if self._is_open:
             return
-        self._is_open = True
         make_directory(self._directory)
+        remove_temporaries(self.metrics_file)
         rows = [row for row in self._read() if int(row["step"]) < self._resume_step]
         columns = ["step", "epoch", *(name for row in rows[:1] for name in row)]
         self._rewrite(list(dict.fromkeys(columns)), rows)
+        self._is_open = True
 
     def _read(self) -> list[dict[str, str]]:
         if not self.metrics_file.exists():
@@ -99,13 +132,19 @@ class RunCSVLogger(Logger):
         rows = csv.DictReader(io.StringIO(table, newline=""))
         return [row for row in rows if _is_whole(row)]
 
-    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
-        self._columns = columns
+    def _rewrite(self, columns: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.DictWriter(text, columns).writeheader()
+        csv.DictWriter(text, columns).writerows(rows)
         write_text_atomic(self.metrics_file, text.getvalue())
+        self._columns = columns
+
+    def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self._columns).writerows(rows)
+        file = AppendedFile(self.metrics_file)
+        file.write(text.getvalue().encode())
+        file.flush()
 
 
 def run_loggers(run_dir: Path, stage: str, resume_step: int) -> list[Logger]:
@@ -118,7 +157,7 @@ def run_loggers(run_dir: Path, stage: str, resume_step: int) -> list[Logger]:
     """
     version = "logs" if stage == "fit" else f"logs/{stage}"
     purge_step = resume_step if resume_step > 0 else None
-    tensorboard = TensorBoardLogger(
+    tensorboard = RunTensorBoardLogger(
         run_dir, name="", version=version, default_hp_metric=False, purge_step=purge_step
     )
     return [tensorboard, RunCSVLogger(run_dir / version, resume_step)]

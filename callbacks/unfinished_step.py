@@ -1,6 +1,7 @@
 """What follows a step's checkpoint, and is made up for where a stop has cut it off."""
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
 from segalign.atomic import write_text_atomic
+from segalign.json_text import parse_json
 from segalign.run_directory import checkpoint_step, checkpoints_directory
 
 _DUE = "validation_due"
@@ -38,9 +40,10 @@ class UnfinishedStep:
         fetcher: Any = trainer.fit_loop._data_fetcher
         self.is_due = bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
 
-    def store(self, checkpoint: dict[str, Any]) -> None:
-        """Say in a checkpoint whether a validation is due."""
+    def store(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Say in a checkpoint whether a validation is due, and log the step that it ends with."""
         checkpoint[_DUE] = self.is_due
+        _log_step(trainer)
 
     def note_validated(self, trainer: pl.Trainer, run_dir: Path) -> None:
         """Record that the validation of this step is done."""
@@ -69,8 +72,9 @@ class UnfinishedStep:
             trainer.fit_loop.epoch_loop.max_steps = step + 1
 
     def make_up(self, trainer: pl.Trainer) -> None:
-        """Validate, if that was cut off, as the training loop does it after a step."""
+        """Begin a step anew that was cut off; validate, if that was, as the training loop does."""
         loop = trainer.fit_loop.epoch_loop
+        _begin_step_anew(trainer)
         if self._max_steps is not None:
             loop.max_steps, self._max_steps = self._max_steps, None
         if self._owed_step is None or self._owed_step != trainer.global_step:
@@ -81,9 +85,59 @@ class UnfinishedStep:
         is_first = connector._first_loop_iter
         trainer.validating = True
         loop.val_loop.restarting = False
+        num_before = copy(loop.val_loop.batch_progress.total)
         loop.val_loop.run()
+        # Going on, the loop itself counts the batches of a validation that is due at its start.
+        loop.val_loop.batch_progress.total = num_before
         trainer.training = True
         connector._first_loop_iter = is_first
+
+
+def _log_step(trainer: pl.Trainer) -> None:
+    """Log what a step has measured before it is saved; the loop itself does so only afterwards.
+
+    A run that goes on from the checkpoint repeats later steps alone, so that a kill between the two
+    would leave a hole in the logs.
+    """
+    connector = trainer._logger_connector
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    is_in_batch = trainer.training and progress.completed < progress.processed
+    name = "update_train_step_metrics"
+    if not is_in_batch or name in vars(connector):
+        return
+    connector.update_train_step_metrics()
+    for logger in trainer.loggers:
+        logger.save()
+    logged = set(connector.metrics["log"])
+
+    def log_rest() -> None:
+        """Take the place of the loop's own call, once: what was measured since then."""
+        delattr(connector, name)
+        rest = {key: value for key, value in connector.metrics["log"].items() if key not in logged}
+        if rest and connector.should_update_logs:
+            connector.log_metrics(rest)
+
+    setattr(connector, name, log_rest)
+
+
+def _begin_step_anew(trainer: pl.Trainer) -> None:
+    """Count micro-batches from the first one of the next optimizer step on.
+
+    So a step is whole that a stop has cut off between two micro-batches, and so are the steps of a
+    run that goes on with another ``accumulate_grad_batches``: Lightning counts on from the number
+    of micro-batches that it has had. The data starts at a whole step in any case.
+    """
+    module = trainer.lightning_module
+    is_endless = trainer.fit_loop.max_batches == float("inf")
+    if not (module.automatic_optimization and trainer.global_step and is_endless):
+        return
+    num_batches = trainer.global_step * trainer.accumulate_grad_batches
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    counts: Any
+    for counts in (progress.total, progress.current):
+        num_behind = counts.processed - counts.completed
+        counts.ready = counts.started = counts.processed = num_batches
+        counts.completed = num_batches - num_behind
 
 
 def forget_later(run_dir: Path, start: Path | None) -> None:
@@ -110,7 +164,7 @@ def _is_of(run_dir: Path, checkpoint: Any) -> bool:
 def _read(run_dir: Path) -> dict[str, int]:
     """Read the record; one that is missing or damaged knows nothing."""
     try:
-        record = json.loads((checkpoints_directory(run_dir) / _FILE).read_bytes())
+        record = parse_json((checkpoints_directory(run_dir) / _FILE).read_bytes())
         return {str(event): int(step) for event, step in record.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

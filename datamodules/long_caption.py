@@ -1,6 +1,5 @@
 """The one datamodule: image-caption, caption-only and preference-pair shards for every stage."""
 
-import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +13,8 @@ from datamodules.run_place import (
     stage_name,
     steps_served,
 )
-from segalign.data.ledger import Ledger, describe, gather_stages, write_report
+from segalign.data.accounts import TRAIN, RunAccounts
+from segalign.data.limits import BadSampleLimits
 from segalign.data.loaders import (
     Batch,
     BatchLoader,
@@ -34,7 +34,7 @@ from segalign.data.streaming import stream_urls
 from segalign.data.transforms import Content
 from segalign.errors import ConfigError
 
-_logger = logging.getLogger(__name__)
+_ACCOUNTS = "accounts"
 
 
 class LongCaptionDataModule(LightningDataModule):
@@ -65,6 +65,7 @@ class LongCaptionDataModule(LightningDataModule):
         limit_val_samples: Validate on the first so many samples only.
         samples_per_epoch: Length of an epoch of a stream without manifest.
         max_bad_fraction: Largest share of unreadable samples; more end the run.
+        max_bad_shard_fraction: The same of one shard of at least 20 samples, in one epoch.
         strict: End the run at the first unreadable sample.
         allow_pipe: Allow ``pipe:`` URLs, which run shell commands.
         report_dir: Where ``data_report.json`` is written; None writes none.
@@ -89,6 +90,7 @@ class LongCaptionDataModule(LightningDataModule):
         limit_val_samples: PositiveInt | None = None,
         samples_per_epoch: PositiveInt | None = None,
         max_bad_fraction: ClosedUnitInterval = 0.01,
+        max_bad_shard_fraction: ClosedUnitInterval = 0.05,
         strict: bool = False,
         allow_pipe: bool = False,
         report_dir: str | None = None,
@@ -111,12 +113,11 @@ class LongCaptionDataModule(LightningDataModule):
         self.caption_dropout = caption_dropout
         self.limit_val_samples = limit_val_samples
         self.samples_per_epoch = samples_per_epoch
-        self.max_bad_fraction = max_bad_fraction
-        self.strict = strict
         self.allow_pipe = allow_pipe
         self.report_dir = report_dir
         self.train_manifest: Manifest | None = None
-        self.ledgers: dict[str, Ledger] = {}
+        limits = BadSampleLimits(max_bad_fraction, max_bad_shard_fraction, strict)
+        self.accounts = RunAccounts(limits)
         self._restored: dict[str, Any] | None = None
 
     # Preparing
@@ -132,9 +133,10 @@ class LongCaptionDataModule(LightningDataModule):
             self.train_shards = str(self.scenes.folder("train"))
             self.val_shards = str(self.scenes.folder("val"))
         if stage in (None, "fit"):
-            self.ledgers = {}
+            self.accounts.begin()
             if self.samples_per_epoch is None:
                 self.train_manifest = open_shards(Path(self._required("train_shards")))
+                self.accounts.expect(TRAIN, self.train_manifest)
                 if self.content == "preference":
                     require_preference(self.train_manifest)
             self._check_restored()
@@ -180,10 +182,8 @@ class LongCaptionDataModule(LightningDataModule):
 
     def _begin_sequence(self, plan: BatchPlan) -> int:
         """Return the micro-batch to start at, and open the accounts there."""
-        assert self.train_manifest is not None
-        first_position = self._step() * self.global_batch_size
-        accounts = Ledger(self.train_manifest.num_samples, first_position=first_position)
-        self.ledgers.setdefault("train", accounts)
+        kept = None if self._restored is None else self._restored.get(_ACCOUNTS)
+        self.accounts.begin_training(self._step() * self.global_batch_size, kept)
         return self._step() * plan.accumulate
 
     def val_dataloader(self) -> SizedBatchLoader | list[SizedBatchLoader]:
@@ -191,24 +191,29 @@ class LongCaptionDataModule(LightningDataModule):
         self.setup("validate")
         if not self.val_shards:
             return []
-        return self._eval_loader(self.val_shards, self.content, self.limit_val_samples)
+        stages = ("validate", "sanity_check")
+        return self._eval_loader(self.val_shards, self.content, self.limit_val_samples, stages)
 
     def test_dataloader(self) -> SizedBatchLoader:
         """Return every validation sample once, without a limit."""
-        return self._eval_loader(self._required("val_shards"), self.content, None)
+        return self._eval_loader(self._required("val_shards"), self.content, None, ("test",))
 
     def predict_dataloader(self) -> SizedBatchLoader:
         """Return the captions to predict images for."""
         shards = self.predict_shards or self._required("val_shards")
-        return self._eval_loader(shards, "caption", None)
+        return self._eval_loader(shards, "caption", None, ("predict",))
 
-    def _eval_loader(self, shards: str, content: Content, limit: int | None) -> SizedBatchLoader:
+    def _eval_loader(
+        self, shards: str, content: Content, limit: int | None, stages: tuple[str, ...]
+    ) -> SizedBatchLoader:
         size = self.val_batch_size
         if size is None:
             plan = self._train_plan()
             size = plan.batch_size * plan.world_size
-        settings = self._batch_settings(content)
-        return eval_loader(open_shards(Path(shards)), self._plan(size, 1), settings, limit=limit)
+        manifest, settings = open_shards(Path(shards)), self._batch_settings(content)
+        for stage in stages:
+            self.accounts.expect(stage, manifest)
+        return eval_loader(manifest, self._plan(size, 1), settings, limit=limit)
 
     def _batch_settings(self, content: Content) -> BatchSettings:
         return BatchSettings(
@@ -239,11 +244,15 @@ class LongCaptionDataModule(LightningDataModule):
         return steps_served(self.trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the sequence; see ``SequenceState``."""
+        """Return the place in the sequence and the accounts up to it; all ranks must call it."""
         if self.train_manifest is None:
             return {}
+        return {**self._place(), _ACCOUNTS: self.accounts.state(self._step())}
+
+    def _place(self) -> SequenceState:
+        assert self.train_manifest is not None
         place = (self._step(), self.global_batch_size)
-        return dict(sequence_state(self.train_manifest, *place, seed=self.seed))
+        return sequence_state(self.train_manifest, *place, seed=self.seed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the place in the sequence, which must be the same sequence as before."""
@@ -252,8 +261,7 @@ class LongCaptionDataModule(LightningDataModule):
 
     def _check_restored(self) -> None:
         if self._restored is not None and self.train_manifest is not None:
-            current = cast("SequenceState", self.state_dict())
-            check_same_sequence(cast("SequenceState", self._restored), current)
+            check_same_sequence(cast("SequenceState", self._restored), self._place())
 
     # Accounts
 
@@ -266,33 +274,25 @@ class LongCaptionDataModule(LightningDataModule):
         """Enter a batch into the accounts and take its ``faults`` out.
 
         Raises:
-            DataError: If too many samples could not be read.
+            DataError: If too many samples could not be read; with several ranks all raise it,
+                at the next step.
         """
-        faults = batch.pop("faults", [])
-        ledger = self.ledgers.setdefault(stage, Ledger(None))
-        ledger.consume(
-            batch["sample_ids"].tolist(), batch["epochs"].tolist(), batch["valid"].tolist(), faults
-        )
-        for fault in faults:
-            _logger.warning("sample set aside: %s", describe(fault))
-        ledger.check_bad_fraction(self.max_bad_fraction, strict=self.strict)
+        step = 0 if self.trainer is None else self.trainer.global_step
+        self.accounts.consume(batch, stage, step)
 
     def teardown(self, stage: str | None = None) -> None:
         """Check and write the accounts of all ranks.
 
         Raises:
-            DataError: If the samples of whole steps are not those of the sequence, each once.
+            DataError: If the samples of whole steps are not those of the sequence, each once, or
+                too many could not be read.
         """
-        stages = gather_stages(self.ledgers)
-        self._write_report(stages)
-        train = stages.get("train")
-        if train is not None and train.end_position == self._step() * self.global_batch_size:
-            train.check_identity()
+        self.accounts.close(self._report_folder, self._step() * self.global_batch_size)
 
     def on_exception(self, exception: BaseException) -> None:
         """Write what this rank knows; the others may be gone."""
-        self._write_report(self.ledgers)
+        self.accounts.close_after(exception, self._report_folder)
 
-    def _write_report(self, stages: dict[str, Ledger]) -> None:
-        if self.report_dir is not None and (self.trainer is None or self.trainer.is_global_zero):
-            write_report(Path(self.report_dir), stages)
+    @property
+    def _report_folder(self) -> Path | None:
+        return None if self.report_dir is None else Path(self.report_dir)

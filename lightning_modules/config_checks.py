@@ -9,7 +9,7 @@ import yaml
 from omegaconf.errors import InterpolationKeyError
 
 from segalign.errors import ConfigError
-from segalign.yaml_errors import yaml_errors
+from segalign.yaml_errors import check_size, yaml_errors
 
 
 def check_config_files(paths: Sequence[Path], link_targets: Sequence[str]) -> None:
@@ -57,6 +57,7 @@ def locate_key(paths: Sequence[Path], key: str) -> Path | None:
 def _read(path: Path) -> Mapping[str, Any]:
     with yaml_errors(path):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    check_size(content, path)
     if not isinstance(content, Mapping):
         raise ConfigError(
             f"expected settings in `{path}`, such as `trainer: {{max_steps: 10}}`; "

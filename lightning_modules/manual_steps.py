@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_modules.training import TrainingModule
-from segalign.errors import NonFiniteError
 from segalign.gradients import clip_gradients
 
 
@@ -38,25 +38,18 @@ def step_optimizer(
 ) -> Tensor:
     """Clip the gradient, and step the optimizer and the learning rate.
 
+    A step that is skipped is counted too, and moves the learning rate, but has no gradient.
+
     Args:
-        module: The module, with one optimizer and at most one schedule. Its losses are finite.
+        module: The module, with one optimizer and at most one schedule; its reduction is finished.
         trained: Its trained weights, their gradients averaged over ranks.
         max_norm: Longest gradient; None leaves it as it is.
 
     Returns:
-        The norm of the gradient before clipping, a scalar.
-
-    Raises:
-        NonFiniteError: On every rank, if it is not finite; no weight is changed.
+        The norm of the gradient before clipping, a scalar; NaN if the step is skipped.
     """
     norm = clip_gradients(trained, max_norm)
-    if not norm.isfinite():
-        raise NonFiniteError(
-            f"expected a finite gradient at step {module.global_step}; got NaN or infinity, with "
-            f"losses that are finite{module.what_failed()}; no weight was changed; lower the "
-            "learning rate, or train in float32"
-        )
     the_optimizer(module).step()
     if (schedule := module.lr_schedulers()) is not None:
         cast("LRScheduler", schedule).step()
-    return norm
+    return norm if module.skipped is None else torch.full_like(norm, torch.nan)

@@ -1,7 +1,8 @@
 """Checks on a training run before anything is built or written."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ def check_end(trainer: Mapping[str, Any]) -> None:
 def check_same_settings(config: Mapping[str, Any], checkpoint: Path) -> None:
     """Refuse to go on from a checkpoint that was trained with another model or other data.
 
+    What ``checkpoint.allow_changes`` names may differ, and is told in a warning.
+
     Args:
         config: The resolved config, plain data.
         checkpoint: The checkpoint to go on from; one that carries no config passes.
@@ -90,19 +93,49 @@ def check_same_settings(config: Mapping[str, Any], checkpoint: Path) -> None:
     stored = stored_config(checkpoint)
     if stored is None:
         return
-    changed = list(changed_settings(decode_tree(stored, {}), config))
-    if not changed:
-        return
-    named = ", ".join(changed[:_MAX_NAMED])
-    more = f" and {len(changed) - _MAX_NAMED} more" if len(changed) > _MAX_NAMED else ""
+    changes = list(changed_settings(decode_tree(stored, {}), config))
+    allowed = (config.get("checkpoint") or {}).get("allow_changes") or ()
+    refused = [change for change in changes if not change.is_below_any(allowed)]
+    if refused:
+        raise _refusal(config, checkpoint, refused)
+    for change in changes:
+        _logger.warning("going on with a changed setting, as allowed: %s", change)
+    for key in allowed:
+        if not any(change.is_below_any([key]) for change in changes):
+            _logger.warning(
+                "`checkpoint.allow_changes` names `%s`, which %s; leave it out",
+                key,
+                _why_needless(config, key),
+            )
+
+
+def _refusal(
+    config: Mapping[str, Any], checkpoint: Path, changes: Sequence["Change"]
+) -> ConfigError:
+    named = ", ".join(map(str, changes[:_MAX_NAMED]))
+    more = f" and {len(changes) - _MAX_NAMED} more" if len(changes) > _MAX_NAMED else ""
     if str(config.get("ckpt_path")) == "auto":
         advice = "choose another `--run_dir`, or start over here with `--checkpoint.overwrite true`"
     else:
         advice = "leave out `--ckpt_path` and choose another `--run_dir`"
-    raise ConfigError(
+    return ConfigError(
         f"expected the settings that `{checkpoint}` was trained with; changed: {named}{more}. "
-        f"Set them back, or train anew: {advice}."
+        f"Set them back, name those that may differ in `checkpoint.allow_changes`, or train anew: "
+        f"{advice}."
     )
+
+
+def _why_needless(config: Mapping[str, Any], key: str) -> str:
+    found: Any = config
+    names = key.split(".")
+    for name in names:
+        if not isinstance(found, Mapping) or name not in found:
+            return "is no setting of this run"
+        found = found[name]
+    is_free = names[0] not in _COMPARED or (
+        names[0] == "data" and not _FREE_DATA_SETTINGS.isdisjoint(names)
+    )
+    return "may always differ" if is_free else "has not changed"
 
 
 def warn_of_other_weights(
@@ -124,7 +157,8 @@ def warn_of_other_weights(
             )
         return
     stored = decode_tree(stored_config(checkpoint) or {}, {})
-    changed = [name for name in changed_settings(stored, config) if name.startswith("`model.")]
+    changes = changed_settings(stored, config)
+    changed = [str(change) for change in changes if change.is_below_any(["model"])]
     if changed:
         _logger.warning(
             "the run was trained with other settings of the model: %s; the results are those of "
@@ -134,8 +168,30 @@ def warn_of_other_weights(
         )
 
 
-def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
-    """Name the settings that changed what a training step computes, with both values.
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs between two configs.
+
+    Attributes:
+        key: Its dotted key.
+        before: Its value, shortened, in the earlier config.
+        now: That in the later one.
+    """
+
+    key: str
+    before: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"`{self.key}` ({self.before} -> {self.now})"
+
+    def is_below_any(self, keys: Sequence[str]) -> bool:
+        """Tell whether one of some dotted keys names it, or a part of the config that holds it."""
+        return any(f"{self.key}.".startswith(f"{key}.") for key in keys)
+
+
+def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:
+    """Find the settings that changed what a training step computes.
 
     A setting that only one of the configs knows is an argument that the code has gained or lost,
     and counts as unchanged.
@@ -146,14 +202,14 @@ def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> I
             yield from _differences(stored[section], current[section], section, ignored)
 
 
-def _differences(before: Any, now: Any, key: str, ignored: frozenset[str]) -> Iterator[str]:
+def _differences(before: Any, now: Any, key: str, ignored: frozenset[str]) -> Iterator[Change]:
     if not isinstance(before, Mapping) or not isinstance(now, Mapping):
         if before != now:
-            yield f"`{key}` ({_brief(before)} -> {_brief(now)})"
+            yield Change(key, _brief(before), _brief(now))
         return
     if before.get("class_path") != now.get("class_path"):
         names = (_brief(config.get("class_path")) for config in (before, now))
-        yield f"`{key}.class_path` ({' -> '.join(names)})"
+        yield Change(f"{key}.class_path", *names)
         return
     for name in now:
         if name in before and name not in ignored:

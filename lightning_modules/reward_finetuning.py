@@ -22,9 +22,9 @@ from segalign.diffusion.rollout import RolloutSettings
 from segalign.diffusion.sampler import DDIMSampler, EulerSampler
 from segalign.diffusion.scheduler_sampler import SchedulerSampler
 from segalign.diffusion.tiny_decoder import TinyDecoder
-from segalign.errors import SegalignError
 from segalign.gradients import average_gradients
 from segalign.losses.denoising_objective import DenoisingObjective
+from segalign.ranks import together
 from segalign.reward_tuning.denoising import denoising_gradient
 from segalign.reward_tuning.lora_norm import lora_norm
 from segalign.reward_tuning.settings import (
@@ -246,14 +246,22 @@ class RewardFineTuningModule(ScoredGeneratorModule):
         )
 
     @override
-    def bad_samples_error(self, num_bad: int) -> SegalignError:
+    def refuse_batch(self) -> None:
+        """Refuse blank captions of any rank, on all ranks.
+
+        Raises:
+            DataError: If there are some.
+        """
+        together(self._refuse_blank_captions)
+
+    def _refuse_blank_captions(self) -> None:
         found = None if self._batch is None else reward_checks.blank_captions_error(self._batch)
-        return found or super().bad_samples_error(num_bad)
+        if found is not None:
+            raise found
 
     @override
     def what_failed(self) -> str:
-        found = None if self._report is None else self._report.non_finite()
-        return "" if found is None else f" ({found})"
+        return (None if self._report is None else self._report.non_finite()) or ""
 
     def _log_step(
         self, report: StepReport, batch: CaptionBatch, figures: Mapping[str, Tensor | float]

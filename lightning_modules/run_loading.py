@@ -76,7 +76,7 @@ def build_module(settings: Mapping[str, Any], allow_import: Sequence[str] = ()) 
 def _read_config(checkpoint: Path) -> dict[str, Any]:
     """Read the config that a checkpoint carries."""
     config = decode_tree(stored_config(checkpoint) or {}, {})
-    if "model" not in config:
+    if not isinstance(config, Mapping) or not isinstance(config.get("model"), Mapping):
         raise ConfigError(
             f"expected the config of a run in `{checkpoint}`; got a checkpoint without one. "
             "Name a checkpoint that `main.py fit` has written."

@@ -12,23 +12,31 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_modules.step_samples import StepSamples, correct_mean
 from lightning_modules.strategy_checks import check_strategy
 from lightning_modules.text_totals import TextTotals
 from segalign.diffusion.generator import Weights
 from segalign.ema import TrainableEMA
-from segalign.errors import ConfigError, NonFiniteError, SegalignError
+from segalign.errors import ConfigError
 from segalign.gradients import average_gradients, clip_gradient_values, clip_gradients
 from segalign.sharding import copy_from_first_rank, data_parallel_mesh, is_sharded
+from segalign.skipped_steps import (
+    RankFinding,
+    SkippedStep,
+    agree_on_skip,
+    bad_gradients,
+    drop_gradients,
+)
 from segalign.text.conditioning import TextReport
 from segalign.trainable import trainable_parameters
 from segalign.types import CaptionBatch, PreferenceBatch
 
 _logger = logging.getLogger(__name__)
 _TEXT_TOTALS = "text_totals"
-_MAX_NAMED = 5
 
 
 class TrainingModule(pl.LightningModule):
@@ -36,11 +44,16 @@ class TrainingModule(pl.LightningModule):
 
     A loss is the sum over the valid samples of an optimizer step, over all ranks and micro-batches,
     divided by their number. Micro-batches divide by their own size; the gradient is corrected
-    before the optimizer step, in the rare step that has invalid samples.
+    before the optimizer step, in the rare step that has invalid samples. A step whose losses or
+    gradient are not finite, on whichever rank, is skipped by all: neither weights nor the
+    optimizer's state change, and ``skipped`` says why.
 
     Args:
         optimizer: Makes the optimizer from the trainable parameters.
         lr_scheduler: Makes the learning-rate schedule, stepped once per optimizer step.
+
+    Attributes:
+        skipped: The last optimizer step, if it was skipped; the same on all ranks.
     """
 
     def __init__(
@@ -51,9 +64,8 @@ class TrainingModule(pl.LightningModule):
         self.make_lr_scheduler = lr_scheduler
         self.strict_loading = False
         self.ema: TrainableEMA | None = None
-        self._num_samples = 0
-        self._counts: Tensor | None = None
-        self._bad_samples: list[tuple[Tensor, Tensor]] = []
+        self._samples = StepSamples()
+        self.skipped: SkippedStep | None = None
         self.text_totals = TextTotals()
         self._warned_of_lost_text = False
 
@@ -133,11 +145,7 @@ class TrainingModule(pl.LightningModule):
     def reduce_losses(self, losses: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Reduce per-sample losses ``(B,)`` for backward, and count the valid and the bad ones."""
         valid: Tensor = batch["valid"]
-        is_bad = valid & ~losses.detach().isfinite()
-        counts = torch.stack([valid.sum(), is_bad.sum()])
-        self._num_samples += len(valid)
-        self._counts = counts if self._counts is None else self._counts + counts
-        self._bad_samples.append((batch["sample_ids"], is_bad))
+        self._samples.add(losses, batch)
         return torch.where(valid, losses, 0).sum() / len(valid)
 
     @override
@@ -156,6 +164,8 @@ class TrainingModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the norm over all shards, or by value, where the strategy shards."""
+        if self.skipped is not None:
+            return  # without gradients, and not all of torch's ways to clip take none
         if self.device_mesh is None or not gradient_clip_val:
             super().configure_gradient_clipping(
                 optimizer, gradient_clip_val, gradient_clip_algorithm
@@ -165,41 +175,65 @@ class TrainingModule(pl.LightningModule):
         clip(list(trainable_parameters(self).values()), gradient_clip_val)
 
     def finish_reduction(self) -> None:
-        """Turn the mean over all samples into the mean over valid ones.
+        """Turn the mean over all samples into the mean over valid ones, or skip the step.
+
+        If a loss of any rank, or the gradient of all, is not finite, every rank drops its gradient,
+        so that the optimizer changes nothing, and ``skipped`` says what was found.
 
         Raises:
-            NonFiniteError: On every rank, if a loss of any rank was not finite.
+            SegalignError: On every rank, if no later step would be better.
         """
-        if self._counts is None:
+        samples, self._samples = self._samples, StepSamples()
+        if samples.counts is None:
             return
-        counts = self.trainer.strategy.reduce(self._counts.float(), reduce_op="sum")
-        assert isinstance(counts, Tensor)
-        num_valid, num_bad = counts.tolist()
-        if num_bad:
-            raise self.bad_samples_error(int(num_bad))
-        num_samples = self._num_samples * self.trainer.world_size
-        for parameter in trainable_parameters(self).values():
-            if parameter.grad is not None:
-                # Two whole numbers, so that the correction is exact in the gradient's own dtype.
-                parameter.grad.mul_(num_samples).div_(max(num_valid, 1))
-        self._num_samples, self._counts = 0, None
-        self._bad_samples.clear()
+        trained = trainable_parameters(self)
+        num_rows = samples.num_rows * self.trainer.world_size
+        # Of all ranks: no rank may decide for itself, or the others would wait for it.
+        norm = clip_gradients(list(trained.values()), None).detach()
+        is_bad = ~(norm * num_rows).isfinite().to(samples.counts.device)
+        found = torch.cat([samples.counts, is_bad.view(1)]).float()
+        total = self.trainer.strategy.reduce(found, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        num_valid, num_bad, num_bad_gradients = total.tolist()
+        self.skipped = None
+        if num_bad or (num_bad_gradients and not self._is_scale_to_blame()):
+            self._skip_step(samples, trained)
+        correct_mean(trained.values(), num_rows, int(num_valid))
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self.global_step % every == 0:
             self._log_text_totals()
 
-    def bad_samples_error(self, num_bad: int) -> SegalignError:
-        """Name the samples of this rank whose losses were not finite, before any weight moves."""
-        own = torch.cat([ids[is_bad] for ids, is_bad in self._bad_samples]).tolist()
-        names = ", ".join(map(str, own[:_MAX_NAMED])) or "none of this rank"
-        return NonFiniteError(
-            f"expected finite losses at step {self.global_step}; got NaN or infinity for {num_bad} "
-            f"samples ({names}{', ...' if len(own) > _MAX_NAMED else ''}){self.what_failed()}; no "
-            "weight was changed; look at these samples, or lower the learning rate"
-        )
+    def _is_scale_to_blame(self) -> bool:
+        """Tell whether float16's loss scale is so large yet that finite losses may overflow.
+
+        Its scaler leaves out such a step by itself, and tries a smaller scale in the next.
+        """
+        return (scaler := self._scaler) is not None and scaler.get_scale() > 1
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _skip_step(self, samples: StepSamples, trained: Mapping[str, Parameter]) -> None:
+        """Agree with the other ranks on what is wrong, and let nothing come of this step."""
+        self.refuse_batch()
+        detail, gradients = self.what_failed(), bad_gradients(trained)
+        own = RankFinding(samples.bad_ids(), samples.ids(), detail, gradients)
+        self.skipped = agree_on_skip(self.global_step, own)
+        is_fused = getattr(self.trainer.optimizers[0], "_step_supports_amp_scaling", False)
+        drop_gradients(trained, are_scaled=is_fused and self._scaler is not None)
+        if self.trainer.is_global_zero:
+            _logger.warning("skipped on all ranks, %s", self.skipped)
+
+    def refuse_batch(self) -> None:
+        """Look at a step whose numbers are not finite; all ranks come here. Here: nothing.
+
+        Raises:
+            SegalignError: On every rank, if no later step would be better.
+        """
 
     def what_failed(self) -> str:
-        """Say more of a loss that was not finite, in parentheses; here: nothing."""
+        """Say more of what was not finite on this rank; here: nothing."""
         return ""
 
     def report_text(self, report: TextReport, batch: CaptionBatch) -> None:
@@ -218,8 +252,9 @@ class TrainingModule(pl.LightningModule):
                 totals["kept_tokens"] + totals["dropped_tokens"],
             )
 
-    def _log_text_totals(self, *, ended: bool = False) -> None:
+    def _log_text_totals(self, step: int | None = None, *, ended: bool = False) -> None:
         """Log the epochs that are over; every rank comes here at the same step."""
+        step = self.global_step if step is None else step
 
         def reduce(counts: Tensor, operation: str) -> Tensor:
             reduced = self.trainer.strategy.reduce(counts.to(self.device), reduce_op=operation)
@@ -229,7 +264,7 @@ class TrainingModule(pl.LightningModule):
         for epoch, totals in self.text_totals.flush(reduce, ended=ended).items():
             metrics = {f"epoch/{name}": float(count) for name, count in totals.items()}
             for logger in self.loggers:
-                logger.log_metrics({"epoch/index": float(epoch), **metrics}, self.global_step)
+                logger.log_metrics({"epoch/index": float(epoch), **metrics}, step)
 
     @override
     def on_train_end(self) -> None:
@@ -237,7 +272,8 @@ class TrainingModule(pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._log_text_totals()
+        # As of the step just taken: a run that goes on from here repeats all rows but its own.
+        self._log_text_totals(max(self.global_step - 1, 0))
         checkpoint[_TEXT_TOTALS] = self.text_totals.state_dict()
 
     @override

@@ -29,6 +29,10 @@ class StorageError(SegalignError, OSError):
     exit_code = 75
 
 
+class FullDiskError(StorageError):
+    """A place that lacks the room for what is written, which may pass (exit code 75)."""
+
+
 class NonFiniteError(SegalignError, ArithmeticError):
     """Losses, gradients or images were not finite (exit code 70)."""
 

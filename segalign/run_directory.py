@@ -21,12 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from segalign.atomic import (
-    recover_directory,
-    remove_directory,
-    storage_errors,
-    write_text_atomic,
-)
+from segalign.atomic import bring_back, storage_errors, write_text_atomic
 from segalign.errors import ConfigError, DataError
 
 FORMAT_VERSION = 1
@@ -36,6 +31,8 @@ BEST_FILE = "best.json"
 BEST_NAME = "best"
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
+# What reading a file of JSON can raise that holds anything but what it should.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError)
 _logger = logging.getLogger(__name__)
 
 
@@ -78,8 +75,12 @@ def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def verify_checkpoint(directory: Path) -> dict[str, Any]:
+def verify_checkpoint(directory: Path, *, digests: bool = True) -> dict[str, Any]:
     """Check that a checkpoint is whole: every recorded file has its size and digest.
+
+    Args:
+        directory: The checkpoint.
+        digests: Whether the files are read; without it, only their sizes are looked at.
 
     Returns:
         The checkpoint's ``meta.json``.
@@ -89,16 +90,24 @@ def verify_checkpoint(directory: Path) -> dict[str, Any]:
     """
     meta = _read_meta(directory)
     for name, recorded in meta["files"].items():
-        path = directory / name
-        if not path.is_file():
-            raise _damaged(directory, f"`{name}` is missing")
-        if path.stat().st_size != recorded["size"]:
-            raise _damaged(
-                directory, f"`{name}` has {path.stat().st_size} bytes, not {recorded['size']}"
-            )
-        if file_digest(path) != recorded["sha256"]:
-            raise _damaged(directory, f"the content of `{name}` does not match its digest")
+        fault = _find_fault(directory / name, recorded, digests=digests)
+        if fault is not None:
+            raise _damaged(directory, fault)
     return meta
+
+
+def _find_fault(path: Path, recorded: dict[str, Any], *, digests: bool) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != recorded["size"]:
+            return f"`{path.name}` has {size} bytes, not {recorded['size']}"
+        if digests and file_digest(path) != recorded["sha256"]:
+            return f"the content of `{path.name}` does not match its digest"
+    except FileNotFoundError:
+        return f"`{path.name}` is missing"
+    except OSError as error:
+        return f"`{path.name}` cannot be read ({error.strerror})"
+    return None
 
 
 def _read_meta(directory: Path) -> dict[str, Any]:
@@ -107,14 +116,28 @@ def _read_meta(directory: Path) -> dict[str, Any]:
         version, files = int(meta["format_version"]), dict(meta["files"])
     except FileNotFoundError as error:
         raise _damaged(directory, f"`{META_FILE}` is missing") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         raise _damaged(directory, f"`{META_FILE}` cannot be read") from error
     if version > FORMAT_VERSION:
         raise DataError(
             f"expected a checkpoint of format version <= {FORMAT_VERSION}; "
             f"got version {version} in `{directory}`. Update segalign."
         )
+    if STATE_FILE not in files:
+        raise _damaged(directory, f"`{META_FILE}` does not name `{STATE_FILE}`")
+    for name, recorded in files.items():
+        if not is_plain_name(name):
+            raise _damaged(directory, f"`{META_FILE}` names {name!r:.80}, no plain file name")
+        if not isinstance(recorded, dict) or not {"size", "sha256"} <= recorded.keys():
+            raise _damaged(directory, f"`{META_FILE}` lacks size or digest of `{name}`")
     return {**meta, "files": files}
+
+
+def is_plain_name(name: object) -> bool:
+    """Tell whether joining a name to a folder names a file in that folder."""
+    if not isinstance(name, str) or name in ("", "..") or "\0" in name:
+        return False
+    return Path(name).name == name
 
 
 def _damaged(directory: Path, reason: str) -> DataError:
@@ -126,6 +149,7 @@ def _damaged(directory: Path, reason: str) -> DataError:
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """Find the newest whole checkpoint of a run; damaged ones are skipped with a logged line."""
+    bring_back(checkpoints_directory(run_dir))
     for path in reversed(list_checkpoints(run_dir)):
         try:
             verify_checkpoint(path)
@@ -163,7 +187,7 @@ def read_best(run_dir: Path) -> BestRecord | None:
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         _logger.warning("ignoring `%s`, which cannot be read: %r", path, error)
         return None
 
@@ -186,6 +210,7 @@ def best_checkpoint(run_dir: Path) -> Path | None:
     record = read_best(run_dir)
     if record is None:
         return None
+    bring_back(checkpoints_directory(run_dir))
     path = checkpoint_path(run_dir, record.step)
     try:
         verify_checkpoint(path)
@@ -231,6 +256,7 @@ def resolve_checkpoint(
 
 def _find_checkpoint(path: Path) -> Path | None:
     if (path / META_FILE).is_file() or checkpoint_step(path) >= 0:
+        bring_back(path.parent)
         return path if path.is_dir() else None
     if path.name == BEST_NAME and not path.exists():
         return best_checkpoint(_run_of(path.parent))
@@ -241,23 +267,6 @@ def _run_of(path: Path) -> Path:
     return path.parent if path.name == "checkpoints" else path
 
 
-def prune_checkpoints(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints of a run and the recorded best."""
-    best = read_best(run_dir)
-    for path in list_checkpoints(run_dir)[:-keep]:
-        if best is None or checkpoint_step(path) != best.step:
-            remove_directory(path)
-
-
-def remove_stale(run_dir: Path) -> None:
-    """Remove what a killed process left unfinished among a run's checkpoints."""
-    parent = checkpoints_directory(run_dir)
-    if not parent.is_dir():
-        return
-    for stale in recover_directory(parent):
-        _logger.warning("removed an unfinished checkpoint: %s", stale)
-
-
 def stored_step(checkpoint: Path) -> int:
     """Read the optimizer step that a checkpoint was taken at.
 
@@ -266,7 +275,7 @@ def stored_step(checkpoint: Path) -> int:
     """
     try:
         return int(_read_state(checkpoint)["global_step"])
-    except (ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         raise _damaged(checkpoint, f"`{STATE_FILE}` cannot be read") from error
 
 
@@ -283,5 +292,5 @@ def stored_config(checkpoint: Path) -> dict[str, Any] | None:
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((checkpoint / STATE_FILE).read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+    except _UNREADABLE as error:
         raise _damaged(checkpoint, f"`{STATE_FILE}` cannot be read") from error

@@ -4,9 +4,15 @@ A checkpoint is a directory: ``model.safetensors`` (``state_dict``), ``optimizer
 (``optimizer_states``), ``ema.safetensors`` (``ema.weights``), ``extra.safetensors`` (other
 tensors), ``state.json`` (counters and nesting), ``meta.json`` (format version, size and digest of
 every file). Nothing is pickled, so loading a foreign checkpoint runs no code.
+
+A run stores in it what is trained, its optimizers and learning rate schedules, its average, the
+counters of all loops, and its resolved config. There is no state of a random generator: what is
+random in a step, the data order included, is a function of the config's seed and the counters.
 """
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +41,9 @@ from segalign.run_directory import (
 )
 from segalign.tree_codec import decode_tree, encode_tree
 
+# How the safetensors library quotes an error of the system.
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+
 
 def save_checkpoint(tree: Mapping[str, Any], directory: Path) -> None:
     """Write a checkpoint, whole or not at all; an existing one of this name is replaced.
@@ -45,20 +54,25 @@ def save_checkpoint(tree: Mapping[str, Any], directory: Path) -> None:
 
     Raises:
         TypeError: If the tree holds something that is neither plain data nor a tensor.
-        StorageError: If the disk is full or the place cannot be written. Nothing is left behind,
-            and an existing checkpoint of this name is untouched.
+        FullDiskError: If there is no room for it. Nothing is left behind, and an existing
+            checkpoint of this name is untouched.
+        StorageError: If the place cannot be written for another reason; the same holds.
     """
     document, tensors = encode_tree(tree)
-    make_directory(directory.parent)
+    state = _as_json(document)
+    num_bytes = len(state) + sum(
+        tensor.nbytes for named in tensors.values() for tensor in named.values()
+    )
+    make_directory(directory.parent, num_bytes)
     temporary = temporary_sibling(directory)
-    with storage_errors(directory):
+    with storage_errors(directory, num_bytes):
         try:
             temporary.mkdir()
             for stem, named in tensors.items():
                 _write_tensors(temporary / f"{stem}.safetensors", named)
-            _write_json(temporary / STATE_FILE, document)
+            _write_bytes(temporary / STATE_FILE, state)
             meta = {"format_version": FORMAT_VERSION, "files": describe_files(temporary)}
-            _write_json(temporary / META_FILE, meta)
+            _write_bytes(temporary / META_FILE, _as_json(meta))
             sync_directory(temporary)
             move_directory_into_place(temporary, directory)
         except BaseException:
@@ -83,12 +97,12 @@ def load_checkpoint(directory: Path) -> dict[str, Any]:
             if name.endswith(".safetensors")
         }
         document = json.loads((directory / STATE_FILE).read_bytes())
-        tree = decode_tree(document, tensors)
-    except (KeyError, ValueError) as error:
+        tree = dict(decode_tree(document, tensors))
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise DataError(
             f"expected a readable checkpoint in `{directory}`; got: {error}. Choose another one."
         ) from error
-    return dict(tree)
+    return tree
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -111,6 +125,9 @@ def _write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
         save_file(_own_memory(named), path)
         path.chmod(usual_mode(path.parent))
     except SafetensorError as error:
+        code = _SYSTEM_ERROR.search(str(error))
+        if code is not None:
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         raise StorageError(
             f"expected to be able to write `{path}`; got: {error}. "
             "Free some space, fix its permissions, or choose another place."
@@ -132,6 +149,12 @@ def _own_memory(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return owned
 
 
-def _write_json(path: Path, document: Any) -> None:
-    path.write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
-    sync_file(path)
+def _as_json(document: Any) -> bytes:
+    return json.dumps(document, indent=1, allow_nan=False).encode()
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from segalign.errors import DataError
+
 TreePath = tuple[str | int, ...]
 NamedTensors = dict[str, dict[str, Tensor]]
 
@@ -44,18 +46,39 @@ def encode_tree(tree: Any) -> tuple[Any, NamedTensors]:
 def decode_tree(document: Any, tensors: Mapping[str, Mapping[str, Tensor]]) -> Any:
     """Rebuild the tree that ``encode_tree`` took apart.
 
+    Args:
+        document: The JSON document; it may come from anywhere.
+        tensors: The tensors by file stem and name.
+
     Raises:
-        KeyError: If a tensor is missing.
-        ValueError: If the document holds an unknown tag.
+        DataError: If the document is none of ``encode_tree``, or a tensor is missing.
     """
+    try:
+        return _decode(document, tensors)
+    except KeyError as error:
+        raise _foreign(f"no tensor {error}") from error
+    except RecursionError as error:
+        raise _foreign("nesting that is too deep") from error
+    except (TypeError, ValueError) as error:
+        raise _foreign(f"{error}") from error
+
+
+def _foreign(found: str) -> DataError:
+    return DataError(
+        f"expected state as a run stores it in a checkpoint; got {found:.200}; "
+        "choose another checkpoint"
+    )
+
+
+def _decode(document: Any, tensors: Mapping[str, Mapping[str, Tensor]]) -> Any:
     if isinstance(document, list):
-        return [decode_tree(item, tensors) for item in document]
+        return [_decode(item, tensors) for item in document]
     if not isinstance(document, dict):
         return document
     tag = next(iter(document), "")
     if len(document) == 1 and tag.startswith("$"):
         return _decode_tagged(tag, document[tag], tensors)
-    return {key: decode_tree(value, tensors) for key, value in document.items()}
+    return {key: _decode(value, tensors) for key, value in document.items()}
 
 
 def _decode_tagged(tag: str, value: Any, tensors: Mapping[str, Mapping[str, Tensor]]) -> Any:
@@ -66,7 +89,7 @@ def _decode_tagged(tag: str, value: Any, tensors: Mapping[str, Mapping[str, Tens
         return tensors[stem][name]
     if tag == "$float":
         return float(value)
-    items = [decode_tree(item, tensors) for item in value]
+    items = [_decode(item, tensors) for item in value]
     if tag == "$tuple":
         return tuple(items)
     return Counter(dict(items)) if tag == "$counter" else dict(items)

@@ -215,7 +215,11 @@ def read_extractor(
 def _permitted(allow_import: Sequence[str]) -> Iterator[None]:
     """Let arguments name classes of this package, and of others within a block."""
     extra = [name for name in allow_import if name != _OWN_PACKAGE]
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[_OWN_PACKAGE, *extra])
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=[_OWN_PACKAGE, *extra],
+        instantiate_subclass_spec_in_any=False,
+    )
     try:
         yield
     finally:

@@ -138,9 +138,12 @@ def _start(
     if options.slurm and options.local is not None:
         raise ConfigError("expected `--local N` or `--slurm`; got both. Give one of them.")
     from segalign.launch.launcher import Backend, Launcher
+    from segalign.launch.plan import Plan
     from segalign.launch.starting import start_study
 
     study = _study(options)
+    if name != "run":
+        Plan.load(study.folder)  # says so if nothing was ever started
     chosen: Backend | None = "slurm" if options.slurm else None
     if options.local is not None:
         chosen = "local"

@@ -15,6 +15,7 @@ REASONS: Final = (
     "image_too_large",
     "image_unreadable",
     "json_invalid",
+    "member_too_large",
     "path_outside_root",
     "preference_invalid",
     "preference_missing",
@@ -53,6 +54,7 @@ class FaultRecord(TypedDict):
         detail: What exactly was wrong.
         row: Row of the batch that holds the sample's empty slot.
         epoch: Epoch in which the sample was met.
+        position: Its place in the sequence over all ranks; -1 if it is not known.
     """
 
     shard: str
@@ -62,3 +64,4 @@ class FaultRecord(TypedDict):
     detail: str
     row: int
     epoch: int
+    position: int

@@ -82,7 +82,8 @@ def decode_image(raw: bytes, image_size: int | None = None) -> NDArray[np.uint8]
         if image_size is not None:
             image.draft("RGB" if image.mode != "CMYK" else "CMYK", (image_size, image_size))
         image.seek(0)
-        rgb = _to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)  # else it copies what needs no turning
+        rgb = _to_rgb(image)
         if image_size is not None and rgb.size != (image_size, image_size):
             rgb = _resize_and_crop(rgb, image_size)
         return np.asarray(rgb)
@@ -104,12 +105,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _resize_and_crop(image: Image.Image, side: int) -> Image.Image:
+    """Resize the short side and keep the centre; what is cut away is never computed.
+
+    So a strip of one pixel by thousands, which would be huge at this scale, costs no more either.
+    """
     scale = side / min(image.size)
-    width, height = (max(side, round(length * scale)) for length in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    sizes = [max(side, round(length * scale)) for length in image.size]
+    starts = [(size - side) // 2 for size in sizes]
+    if sizes == list(image.size):
+        return image.crop((starts[0], starts[1], starts[0] + side, starts[1] + side))
+    steps = [old / new for old, new in zip(image.size, sizes, strict=True)]
+    left, top = (start * step for start, step in zip(starts, steps, strict=True))
+    right, bottom = (
+        min((start + side) * step, length)  # not past the border by an error of rounding
+        for start, step, length in zip(starts, steps, image.size, strict=True)
+    )
+    return image.resize(
+        (side, side), Image.Resampling.BICUBIC, box=(left, top, right, bottom), reducing_gap=3.0
+    )
 
 
 def _first_line(err: BaseException) -> str:

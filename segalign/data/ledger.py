@@ -5,10 +5,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from segalign.atomic import write_bytes_atomic
 from segalign.data.faults import FaultRecord
@@ -16,8 +16,9 @@ from segalign.errors import DataError
 from segalign.ranks import gather_objects
 
 REPORT_NAME: Final = "data_report.json"
-_MIN_SAMPLES_TO_JUDGE: Final = 300
 _MAX_RECORDS: Final = 1000
+_MAX_SHOWN: Final = 200
+T = TypeVar("T")
 
 
 @dataclass
@@ -28,11 +29,13 @@ class EpochAccount:
         delivered: Valid samples that a step consumed.
         quarantined: Samples whose slot came without content, by reason.
         id_sum: Sum of the sample ids of both kinds; tells a doubled sample from a lost one.
+        shards: The quarantined samples once more, by shard.
     """
 
     delivered: int = 0
     quarantined: Counter[str] = field(default_factory=Counter)
     id_sum: int = 0
+    shards: Counter[str] = field(default_factory=Counter)
 
     @property
     def reached(self) -> int:
@@ -44,6 +47,7 @@ class EpochAccount:
         self.delivered += other.delivered
         self.quarantined.update(other.quarantined)
         self.id_sum += other.id_sum
+        self.shards.update(other.shards)
 
 
 class Ledger:
@@ -51,7 +55,14 @@ class Ledger:
 
     Args:
         num_samples: Samples of the manifest; None for a stream that has none.
-        first_position: Positions of the sequence that earlier attempts of the run have consumed.
+        first_position: Positions of the sequence that earlier attempts of the run have consumed
+            without leaving their counts.
+
+    Attributes:
+        epochs: Counts by epoch.
+        records: The first thousand faults, in the order of the sequence.
+        delivered: Valid samples consumed in all epochs.
+        num_quarantined: Samples that came without content in all epochs.
     """
 
     def __init__(self, num_samples: int | None, *, first_position: int = 0) -> None:
@@ -59,11 +70,8 @@ class Ledger:
         self.first_position = first_position
         self.epochs: dict[int, EpochAccount] = {}
         self.records: list[FaultRecord] = []
-
-    @property
-    def delivered(self) -> int:
-        """Valid samples consumed in all epochs."""
-        return sum(account.delivered for account in self.epochs.values())
+        self.delivered = 0
+        self.num_quarantined = 0
 
     @property
     def quarantined(self) -> Counter[str]:
@@ -76,7 +84,7 @@ class Ledger:
     @property
     def end_position(self) -> int:
         """First position of the sequence that no step has consumed."""
-        return self.first_position + sum(account.reached for account in self.epochs.values())
+        return self.first_position + self.delivered + self.num_quarantined
 
     def consume(
         self,
@@ -86,43 +94,22 @@ class Ledger:
         faults: Sequence[FaultRecord],
     ) -> None:
         """Count the rows of one batch, each ``(B,)``; rows without sample and fault are padding."""
-        reasons = {fault["row"]: fault["reason"] for fault in faults}
+        faulty = {fault["row"]: fault for fault in faults}
         for row, (sample_id, epoch, is_valid) in enumerate(
             zip(sample_ids, epochs, valid, strict=True)
         ):
-            if not is_valid and row not in reasons:
+            if not is_valid and row not in faulty:
                 continue
             account = self.epochs.setdefault(epoch, EpochAccount())
             account.id_sum += sample_id
             if is_valid:
                 account.delivered += 1
+                self.delivered += 1
             else:
-                account.quarantined[reasons[row]] += 1
-        room = _MAX_RECORDS - len(self.records)
-        self.records.extend(list(faults)[:room])
-
-    def check_bad_fraction(self, max_bad_fraction: float, *, strict: bool) -> None:
-        """Stop a run whose data are not what they should be.
-
-        Args:
-            max_bad_fraction: Largest share of quarantined samples, in [0, 1], judged once a few
-                hundred samples were met.
-            strict: Stop at the first.
-
-        Raises:
-            DataError: If there are too many.
-        """
-        num_bad = self.quarantined.total()
-        num_met = num_bad + self.delivered
-        if num_bad == 0 or not (strict or num_met >= _MIN_SAMPLES_TO_JUDGE):
-            return
-        if strict or num_bad > max_bad_fraction * num_met:
-            limit = "no sample (`strict`)" if strict else f"{max_bad_fraction:.2%} of the samples"
-            raise DataError(
-                f"at most {limit} may be unreadable; {num_bad} of {num_met} were, for example "
-                f"{describe(self.records[0])}; run `shards verify --decode`, then mend the shards "
-                f"or raise `max_bad_fraction`"
-            )
+                account.quarantined[faulty[row]["reason"]] += 1
+                account.shards[faulty[row]["shard"]] += 1
+                self.num_quarantined += 1
+        self.records = _first_records(self.records, faults)
 
     def check_identity(self) -> None:
         """See that the rows of all ranks are the positions that the sequence says, each once.
@@ -152,8 +139,12 @@ class Ledger:
         for ledger in (self, *others):
             for epoch, account in ledger.epochs.items():
                 total.epochs.setdefault(epoch, EpochAccount()).add(account)
-            total.records.extend(ledger.records[: _MAX_RECORDS - len(total.records)])
+            total.delivered += ledger.delivered
+            total.num_quarantined += ledger.num_quarantined
+            total.records = _first_records(total.records, ledger.records)
         return total
+
+    # What is kept of it
 
     def report(self) -> dict[str, Any]:
         """Return the accounts as JSON-able values."""
@@ -161,17 +152,19 @@ class Ledger:
             "manifest": self.num_samples,
             "first_position": self.first_position,
             "delivered": self.delivered,
-            "quarantined": dict(self.quarantined),
+            "quarantined": _sorted(self.quarantined),
             "epochs": [self._report_epoch(epoch) for epoch in sorted(self.epochs)],
             "faults": self.records,
+            "faults_left_out": self.num_quarantined - len(self.records),
         }
 
     def _report_epoch(self, epoch: int) -> dict[str, Any]:
         account = self.epochs[epoch]
-        counts = {
+        counts: dict[str, Any] = {
             "epoch": epoch,
             "delivered": account.delivered,
-            "quarantined": dict(account.quarantined),
+            "quarantined": _sorted(account.quarantined),
+            "quarantined_by_shard": _sorted(account.shards),
         }
         if self.num_samples is None:
             return counts
@@ -186,6 +179,42 @@ class Ledger:
         first = epoch * self.num_samples
         return max(0, min(end, first + self.num_samples) - max(start, first))
 
+    def state(self) -> dict[str, Any]:
+        """Return plain values to go on counting from; see ``from_state``."""
+        return {
+            "num_samples": self.num_samples,
+            "first_position": self.first_position,
+            "epochs": [
+                [epoch, a.delivered, a.id_sum, _sorted(a.quarantined), _sorted(a.shards)]
+                for epoch, a in sorted(self.epochs.items())
+            ],
+            "faults": [{**record} for record in self.records],
+        }
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> "Ledger":
+        """Return the ledger that ``state`` was taken of."""
+        ledger = Ledger(state["num_samples"], first_position=state["first_position"])
+        for epoch, delivered, id_sum, quarantined, shards in state["epochs"]:
+            account = EpochAccount(delivered, Counter(quarantined), id_sum, Counter(shards))
+            ledger.epochs[epoch] = account
+            ledger.delivered += delivered
+            ledger.num_quarantined += account.quarantined.total()
+        ledger.records = list(state["faults"])
+        return ledger
+
+
+def _first_records(known: list[FaultRecord], more: Sequence[FaultRecord]) -> list[FaultRecord]:
+    """Return the first of both in the order of the sequence, whichever rank has met them."""
+    if not more:
+        return known
+    return sorted([*known, *more], key=lambda record: record["position"])[:_MAX_RECORDS]
+
+
+def _sorted(counts: Mapping[str, T]) -> dict[str, T]:
+    """Order counts by name, so that equal accounts are equal files."""
+    return dict(sorted(counts.items()))
+
 
 def gather_stages(stages: dict[str, Ledger]) -> dict[str, Ledger]:
     """Merge the ledgers of all ranks, stage by stage; every rank must call it."""
@@ -197,22 +226,45 @@ def gather_stages(stages: dict[str, Ledger]) -> dict[str, Ledger]:
 
 
 def describe(fault: FaultRecord) -> str:
-    """Say in a few words which sample is faulty and why."""
+    """Say in a few words of one line which sample is faulty and why."""
     return (
-        f"`{fault['shard']}` key `{fault['key']}` at byte {fault['offset']}: "
-        f"{fault['reason']} ({fault['detail']})"
+        f"`{_printable(fault['shard'])}` key `{_printable(fault['key'])}` at byte "
+        f"{fault['offset']}: {fault['reason']} ({_printable(fault['detail'])})"
     )
 
 
-def write_report(folder: Path, stages: dict[str, Ledger]) -> None:
+def _printable(text: str) -> str:
+    """Escape what would break a line, colour a terminal or not be written at all."""
+    cut = text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
+
+
+def write_report(folder: Path, stages: dict[str, Ledger], *, is_partial: bool = False) -> None:
     """Write ``data_report.json`` into a run directory, atomically.
 
     Stages that an earlier command has reported and this one did not run are kept.
 
+    Args:
+        folder: The run directory.
+        stages: Accounts by stage.
+        is_partial: Say in the report that other ranks' counts since the last checkpoint are not
+            in it.
+
     Raises:
         StorageError: If it cannot be written.
     """
-    path = folder / REPORT_NAME
-    reports = json.loads(path.read_bytes()) if path.exists() else {}
-    reports.update({stage: ledger.report() for stage, ledger in stages.items()})
-    write_bytes_atomic(path, json.dumps(reports, indent=2).encode() + b"\n")
+    reports = _read_reports(folder / REPORT_NAME)
+    note = {"is_partial": True} if is_partial else {}
+    reports.update({stage: {**ledger.report(), **note} for stage, ledger in stages.items()})
+    write_bytes_atomic(
+        folder / REPORT_NAME, json.dumps(_sorted(reports), indent=2).encode() + b"\n"
+    )
+
+
+def _read_reports(path: Path) -> dict[str, Any]:
+    """Read what earlier commands have reported; a damaged report is written anew."""
+    try:
+        reports = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return reports if isinstance(reports, dict) else {}

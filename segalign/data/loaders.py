@@ -15,7 +15,14 @@ from segalign.data.manifest import Manifest, load_manifest
 from segalign.data.order import BatchPlan, EpochOrder
 from segalign.data.reader import IndexedShardReader, batch_pipeline
 from segalign.data.streaming import ShardStream, stream_pipeline
-from segalign.data.transforms import CollateRows, Content, DecodeRow, read_image
+from segalign.data.transforms import (
+    CollateRows,
+    Content,
+    DecodeRow,
+    RawSample,
+    read_image,
+    to_unit_range,
+)
 from segalign.errors import ConfigError, DataError
 from segalign.types import CaptionBatch, PreferenceBatch
 
@@ -71,7 +78,8 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self._seek is not None:
             self._seek()
-        return iter(self._loader)
+        # Workers pass images on as bytes, which is most of what passing them on costs.
+        return map(to_unit_range, iter(self._loader))
 
     def state_dict(self) -> dict[str, int]:
         """Return nothing: the position follows from the number of steps."""
@@ -144,6 +152,7 @@ def train_loader(
         expected_size=hw,
         caption_dropout=caption_dropout,
         seed=seed,
+        as_bytes=True,
     )
     collate = CollateRows(settings.content, image_hw=hw)
     pipeline = batch_pipeline(reader, decode, collate, plan.batch_size)
@@ -168,7 +177,9 @@ def eval_loader(
         manifest, order, plan, num_micro_batches=num_batches, num_positions=length
     )
     hw = _image_hw(manifest, settings)
-    decode = DecodeRow(settings.content, image_size=settings.image_size, expected_size=hw)
+    decode = DecodeRow(
+        settings.content, image_size=settings.image_size, expected_size=hw, as_bytes=True
+    )
     collate = CollateRows(settings.content, image_hw=hw)
     pipeline = batch_pipeline(reader, decode, collate, plan.batch_size)
     return SizedBatchLoader(pipeline, settings, num_batches=num_batches)
@@ -194,7 +205,11 @@ def stream_loader(
         raise ConfigError("streams of images need `image_size`; got none; set it")
     stream = ShardStream(urls, plan, samples_per_epoch=samples_per_epoch, seed=seed, start=start)
     decode = DecodeRow(
-        settings.content, image_size=side, caption_dropout=caption_dropout, seed=seed
+        settings.content,
+        image_size=side,
+        caption_dropout=caption_dropout,
+        seed=seed,
+        as_bytes=True,
     )
     collate = CollateRows(settings.content, image_hw=None if side is None else (side, side))
     return BatchLoader(stream_pipeline(stream, decode, collate, plan.batch_size), settings)
@@ -209,6 +224,8 @@ def _image_hw(manifest: Manifest, settings: BatchSettings) -> tuple[int, int] | 
     prefix = "0." if settings.content == "preference" else ""
     for raw in _first_samples(manifest):
         try:
+            if "__fault__" in raw:
+                raise raw["__fault__"]
             pixels = decode_image(read_image(raw, prefix))
             read_caption(raw)
         except SampleFault as fault:
@@ -224,7 +241,7 @@ def _image_hw(manifest: Manifest, settings: BatchSettings) -> tuple[int, int] | 
     )
 
 
-def _first_samples(manifest: Manifest) -> Iterator[dict[str, object]]:
+def _first_samples(manifest: Manifest) -> Iterator[RawSample]:
     order = EpochOrder(manifest.shard_sizes, shuffle=False)
     reader = IndexedShardReader(manifest, order, BatchPlan(global_batch_size=1))
     for sample_id in range(min(_MAX_PROBES, manifest.num_samples)):

@@ -24,6 +24,9 @@ from segalign.errors import DataError
 MANIFEST_NAME: Final = "manifest.jsonl"
 _FORMAT: Final = "segalign-shards"
 _VERSION: Final = 1
+_DAMAGES: Final = (
+    ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError
+)  # fmt: skip
 _PLAIN_NAME: Final = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.+=,@-]*\.tar$")
 
 
@@ -147,9 +150,12 @@ class Manifest:
                 line = file.read(shard.line_size)
             if zlib.crc32(line) != shard.line_crc32:
                 raise ValueError(f"the line of `{shard.name}` does not match its checksum")
-            return parse_index(line)
-        except (OSError, ValueError, LookupError, TypeError) as err:
+            samples = parse_index(line)
+            if len(samples) != shard.num_samples:
+                raise ValueError(f"`{shard.name}` has {len(samples)} samples, not as its header")
+        except _DAMAGES as err:
             raise _unreadable(self.folder, str(err)) from err
+        return samples
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -177,7 +183,7 @@ def load_manifest(folder: Path) -> Manifest:
             raise ValueError(f"format {header['format']!r} version {header['version']!r}")
         shards = [ShardEntry(**entry) for entry in header["shards"]]
         _check_entries(shards, header["digest"])
-    except (OSError, ValueError, LookupError, TypeError) as err:
+    except _DAMAGES as err:
         raise _unreadable(folder, str(err)) from err
     return Manifest(folder, shards, len(header_line))
 
@@ -249,9 +255,11 @@ def format_index(index: ShardIndex) -> bytes:
 def parse_index(line: bytes) -> list[Sample]:
     """Read the samples from one shard's line."""
     fields = json.loads(line)
-    suffixes = fields["suffixes"]
+    suffixes = [str(suffix) for suffix in fields["suffixes"]]
     samples = []
     for key, flat in zip(fields["keys"], fields["members"], strict=True):
+        if not isinstance(key, str) or not all(map(_is_count, flat)):
+            raise ValueError("keys must be strings, and places and sizes whole numbers")
         columns = [iter(flat)] * 4
         members = tuple(
             Member(suffixes[number], offset, size, crc32)
@@ -263,10 +271,19 @@ def parse_index(line: bytes) -> list[Sample]:
 
 def _check_entries(shards: Sequence[ShardEntry], digest: str) -> None:
     for shard in shards:
-        if not _PLAIN_NAME.match(shard.name):
-            raise ValueError(f"`{shard.name}` is no plain file name of a shard")
+        if not _PLAIN_NAME.match(str(shard.name)):
+            raise ValueError(f"`{shard.name!s:.100}` is no plain file name of a shard")
+        numbers = (shard.size, shard.num_samples, shard.line_offset, shard.line_size)
+        if not all(map(_is_count, numbers)) or shard.num_samples > shard.line_size:
+            raise ValueError(f"the numbers of `{shard.name}` cannot be")
+    if len({shard.name for shard in shards}) < len(shards):
+        raise ValueError("a shard is listed twice")
     if digest != _digest(shards):
         raise ValueError("the digest does not match the shards that are listed")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _digest(shards: Iterable[ShardEntry]) -> str:

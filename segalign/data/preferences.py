@@ -1,9 +1,10 @@
 """Which shards hold preferences that something can be learnt from."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
-from segalign.data.captions import is_tie, parse_json_object, parse_preference
+from segalign.data.captions import MAX_JSON_BYTES, is_tie, parse_json_object, parse_preference
 from segalign.data.faults import SampleFault
 from segalign.data.manifest import Manifest
 from segalign.data.sources import Members
@@ -54,10 +55,11 @@ def require_preference(manifest: Manifest) -> None:
 
 def _json_members(manifest: Manifest) -> Iterator[bytes]:
     for number, shard in enumerate(manifest.shards):
-        with (manifest.folder / shard.name).open("rb") as file:
+        # What cannot be read is set aside, and told, where it is trained on.
+        with contextlib.suppress(OSError), (manifest.folder / shard.name).open("rb") as file:
             for sample in manifest.samples(number):
                 for suffix, offset, size, _ in sample.members:
-                    if suffix == "json":
+                    if suffix == "json" and size <= MAX_JSON_BYTES:
                         file.seek(offset)
                         yield file.read(size)
 

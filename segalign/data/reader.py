@@ -17,9 +17,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 from segalign.data.faults import SampleFault
 from segalign.data.manifest import Manifest
 from segalign.data.order import BatchPlan, EpochOrder
-from segalign.data.transforms import PADDING_ID, CollateRows, DecodeRow, RawSample
+from segalign.data.transforms import (
+    PADDING_ID,
+    RESERVED,
+    CollateRows,
+    DecodeRow,
+    RawSample,
+)
 
 _MAX_OPEN_SHARDS = 64
+_MAX_MEMBER_BYTES = 1 << 28  # more than an image of the largest size without compression
 
 
 class ShardFiles:
@@ -36,15 +43,26 @@ class ShardFiles:
     def read(self, shard: str, offset: int, size: int) -> bytes:
         """Return ``size`` bytes from ``offset`` on; fewer at the end of the file.
 
+        A shard that cannot be read is opened anew once: on network file systems a handle may have
+        become stale while the file is sound.
+
         Raises:
             OSError: If the shard cannot be read.
         """
+        try:
+            return os.pread(self._handle(shard), size, offset)
+        except OSError:
+            if shard in self._handles:
+                os.close(self._handles.pop(shard))
+            return os.pread(self._handle(shard), size, offset)
+
+    def _handle(self, shard: str) -> int:
         if shard not in self._handles:
             self._handles[shard] = os.open(self._folder / shard, os.O_RDONLY | os.O_CLOEXEC)
             if len(self._handles) > _MAX_OPEN_SHARDS:
                 os.close(self._handles.popitem(last=False)[1])
         self._handles.move_to_end(shard)
-        return os.pread(self._handles[shard], size, offset)
+        return self._handles[shard]
 
     def close(self) -> None:
         """Close all handles; reading opens them again."""
@@ -118,7 +136,7 @@ class IndexedShardReader(IterableDataset[RawSample]):
                 "__padding__": True,
             }
         epoch, sample_id = self._order.locate(position)
-        return self.read_sample(sample_id, epoch=epoch)
+        return {**self.read_sample(sample_id, epoch=epoch), "__position__": position}
 
     def read_sample(self, sample_id: int, *, epoch: int = 0) -> RawSample:
         """Read one sample by its place in the manifest, in [0, num_samples)."""
@@ -134,12 +152,15 @@ class IndexedShardReader(IterableDataset[RawSample]):
         }
         try:
             for suffix, offset, size, crc32 in members:
-                raw[suffix] = self._read_member(shard.name, offset, size, crc32)
+                if not suffix.startswith(RESERVED):
+                    raw[suffix] = self._read_member(shard.name, offset, size, crc32)
         except SampleFault as fault:
             raw["__fault__"] = fault
         return raw
 
     def _read_member(self, shard: str, offset: int, size: int, crc32: int) -> bytes:
+        if size > _MAX_MEMBER_BYTES:
+            raise SampleFault("member_too_large", f"{size} bytes, at most {_MAX_MEMBER_BYTES}")
         try:
             content = self._files.read(shard, offset, size)
         except OSError as err:

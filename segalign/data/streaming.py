@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlparse
 
 import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
@@ -17,7 +18,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 
 from segalign.data.manifest import MANIFEST_NAME
 from segalign.data.order import BatchPlan, EpochOrder
-from segalign.data.transforms import CollateRows, DecodeRow, RawSample
+from segalign.data.transforms import RESERVED, CollateRows, DecodeRow, RawSample
 from segalign.errors import ConfigError, DataError
 
 _SHUFFLE_BUFFER: Final = 1000
@@ -41,7 +42,7 @@ def stream_urls(shards: str, *, allow_pipe: bool) -> list[str]:
         urls = [str(path) for path in sorted(folder.glob("[!.]*.tar"))]
     else:
         urls = list(webdataset.SimpleShardList(shards).urls)
-    if any(url.strip().startswith("pipe:") for url in urls) and not allow_pipe:
+    if any(urlparse(url).scheme == "pipe" for url in urls) and not allow_pipe:
         raise ConfigError(
             f"`pipe:` shards run shell commands and need `allow_pipe: true`; got `{shards}`; "
             f"set it if you trust this config"
@@ -124,6 +125,8 @@ class ShardStream(IterableDataset[RawSample]):
         for count, sample in enumerate(samples):
             micro_batch = self._start + worker + count // size * num_workers
             position = self._plan.positions(micro_batch)[count % size]
+            sample = {name: sample[name] for name in sample if _is_own(name)}
+            sample["__position__"] = position
             sample["__index__"] = _stable_id(sample["__url__"], sample["__key__"])
             sample["__epoch__"] = position // self._samples_per_epoch
             yield sample
@@ -143,6 +146,11 @@ def stream_pipeline(
         webdataset.map(decode),
         webdataset.batched(batch_size, collation_fn=collate, partial=False),
     )
+
+
+def _is_own(name: str) -> bool:
+    """Tell whether a field is a member, or one that webdataset itself has set."""
+    return not name.startswith(RESERVED) or name in ("__key__", "__url__")
 
 
 def _stable_id(url: str, key: str) -> int:

@@ -1,6 +1,7 @@
 """Write tar shards byte for byte reproducibly, and find the members of any plain tar shard."""
 
 import hashlib
+import logging
 import os
 import re
 import tarfile
@@ -15,6 +16,13 @@ from segalign.errors import DataError
 _KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META_MEMBER = re.compile(r"^__[^/]*__$")
 _CHUNK = 1 << 20
+_MAX_NAME = 1024
+# What tarfile raises at a damaged tar is not only its own errors.
+_DAMAGES = (
+    ArithmeticError, EOFError, LookupError, MemoryError, OSError, RecursionError, ValueError,
+    tarfile.TarError,
+)  # fmt: skip
+_logger = logging.getLogger(__name__)
 
 
 class Member(NamedTuple):
@@ -99,30 +107,45 @@ def index_shard(path: Path) -> ShardIndex:
     """Read a plain tar shard once and list its samples with offsets and checksums.
 
     Raises:
-        DataError: If the file is no plain tar, is cut off or damaged, or has the members of one
-            sample apart from each other.
+        DataError: If the file is no plain tar, is cut off or damaged, has the members of one
+            sample apart from each other, or members without content of their own, such as links.
     """
     try:
         with path.open("rb") as file:
-            samples = _read_samples(file, path)
+            left_out: list[str] = []
+            samples = _read_samples(file, path, left_out)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return ShardIndex(path.name, os.fstat(file.fileno()).st_size, digest, samples)
-    except (OSError, EOFError, tarfile.TarError) as err:
+            size = os.fstat(file.fileno()).st_size
+    except DataError:
+        raise
+    except _DAMAGES as err:
         raise DataError(
             f"shard `{path}` must be a plain, uncompressed tar; got: {_one_line(err)}; "
             f"replace it or take it out of the folder"
         ) from err
+    if left_out:
+        _logger.warning(
+            "`%s`: %d files belong to no sample, as their names have no suffix, `%s` first",
+            path,
+            len(left_out),
+            _short(left_out[0]),
+        )
+    return ShardIndex(path.name, size, digest, samples)
 
 
-def _read_samples(file: BinaryIO, path: Path) -> list[Sample]:
+def _read_samples(file: BinaryIO, path: Path, left_out: list[str]) -> list[Sample]:
     keys: list[str] = []
     members: list[list[Member]] = []
     seen: set[str] = set()
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for info in archive:
             match = _KEY_AND_SUFFIX.match(info.name)
-            if not info.isreg() or match is None or _META_MEMBER.match(info.name):
+            if info.isdir() or _META_MEMBER.match(info.name):
+                continue
+            _refuse_without_content(path, info)
+            if match is None:
+                left_out.append(info.name)
                 continue
             key, suffix = match.group(1), match.group(2).lower()
             if not keys or keys[-1] != key:
@@ -130,7 +153,7 @@ def _read_samples(file: BinaryIO, path: Path) -> list[Sample]:
                 keys.append(key)
                 members.append([])
             if any(member.suffix == suffix for member in members[-1]):
-                raise _defect(path, f"two members `{key}.{suffix}`", "pack it again")
+                raise _defect(path, f"two members `{_short(info.name)}`", "pack it again")
             checksum = _checksum(file, info.offset_data, info.size)
             members[-1].append(Member(suffix, info.offset_data, info.size, checksum))
         end = archive.offset
@@ -149,11 +172,30 @@ def _checksum(file: BinaryIO, offset: int, size: int) -> int:
     return checksum
 
 
+def _refuse_without_content(path: Path, info: tarfile.TarInfo) -> None:
+    if not info.isreg() or info.issparse():
+        raise _defect(
+            path,
+            f"`{_short(info.name)}`, which is a link, a device or sparse",
+            "pack it again with plain files (`tar --dereference --hard-dereference`)",
+        )
+    if len(info.name) > _MAX_NAME:
+        raise _defect(
+            path,
+            f"`{_short(info.name)}` with a name of {len(info.name)} characters",
+            f"give it one of at most {_MAX_NAME}",
+        )
+
+
+def _short(name: str) -> str:
+    return ascii(name)[1:-1][:100]
+
+
 def _refuse_second_run(path: Path, key: str, seen: set[str]) -> None:
     if key in seen:
         raise _defect(
             path,
-            f"the members of key `{key}` in two places",
+            f"the members of key `{_short(key)}` in two places",
             "pack it again with the members of one key side by side",
         )
     seen.add(key)

@@ -12,7 +12,8 @@ class LatentCache:
     """Keep the latents of images that were encoded before, by sample id.
 
     Only right where an id always shows the same pixels, that is without random augmentation.
-    When the memory is full, further images are simply encoded each time.
+    When the memory is full, further images are simply encoded each time, as are those whose latents
+    are not finite.
 
     Args:
         max_bytes: Bound on the memory; 0 keeps nothing.
@@ -54,5 +55,8 @@ class LatentCache:
     def _keep(self, key: int, latent: Tensor) -> None:
         size = latent.numel() * latent.element_size()
         if key not in self._latents and self.num_bytes + size <= self.max_bytes:
-            self._latents[key] = latent.detach().cpu().clone()
-            self.num_bytes += size
+            stored = latent.detach().cpu().clone()
+            # One that went wrong by chance must not come back in every epoch.
+            if stored.isfinite().all():
+                self._latents[key] = stored
+                self.num_bytes += size

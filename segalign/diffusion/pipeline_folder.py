@@ -27,6 +27,7 @@ from segalign.diffusion.pipeline_parts import (
 from segalign.diffusion.scheduler_sampler import Sampler, sampler_name, sampler_settings
 from segalign.errors import ConfigError, DataError
 from segalign.formats.folders import new_folder
+from segalign.json_text import parse_json
 from segalign.run_directory import file_digest
 from segalign.text.settings import TextEncoding
 from segalign.text.text_models import TextModels
@@ -165,7 +166,7 @@ def check_files(folder: Path) -> None:
         DataError: If one differs or is missing, or the folder of a part holds another one.
     """
     try:
-        files = dict(json.loads((folder / RECORD_FILE).read_bytes())["files"])
+        files = dict(parse_json((folder / RECORD_FILE).read_bytes())["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"expected the record `{RECORD_FILE}` of an export in `{folder}`; got: {error}. "

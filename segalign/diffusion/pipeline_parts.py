@@ -13,6 +13,7 @@ from segalign.diffusion.latents import PixelUnshuffleCodec
 from segalign.diffusion.schedule import NoiseSchedule
 from segalign.diffusion.scheduler_sampler import Spacing
 from segalign.errors import DataError
+from segalign.json_text import parse_json
 from segalign.text.adapter import TextAdapter, load_adapter, save_adapter
 from segalign.text.segmenters import build_segmenter, describe_segmenter
 from segalign.text.settings import TextEncoding
@@ -51,7 +52,7 @@ class JsonPart(FeatureExtractionMixin):
         """
         file = Path(pretrained_model_name_or_path) / cls.file_name
         try:
-            return cls(**json.loads(file.read_bytes()))
+            return cls(**parse_json(file.read_bytes()))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
                 f"expected settings in `{file}`; got: {error}. Export the run again."

@@ -1,6 +1,5 @@
 """Text-to-image models of diffusers, from the hub, from a folder, or with random weights."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from segalign.diffusion.network_files import check_whole, reading
 from segalign.diffusion.schedule import NoiseSchedule
 from segalign.formats.lora_pairs import merge_lora
 from segalign.hub import fetch
+from segalign.json_text import parse_json
 from segalign.text.text_models import TextModels
 
 Dtype = Literal["float32", "bfloat16"]
@@ -152,7 +152,7 @@ def _has_two_towers(folder: Path) -> bool:
     index = folder / "model_index.json"
     if index.is_file():
         try:
-            return bool(json.loads(index.read_bytes()).get("text_encoder_2", [None])[0])
+            return bool(parse_json(index.read_bytes()).get("text_encoder_2", [None])[0])
         except (ValueError, LookupError, TypeError, AttributeError):
             pass
     return (folder / "text_encoder_2").is_dir()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from segalign.atomic import make_directory, write_text_atomic
+from segalign.json_text import parse_json
 
 
 class StepRecords:
@@ -40,7 +41,7 @@ class StepRecords:
 
     def _parse(self, line: str) -> dict[str, Any] | None:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             return None
         is_whole = isinstance(record, dict) and isinstance(record.get(self.field), dict)

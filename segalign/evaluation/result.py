@@ -12,6 +12,7 @@ from typing import Any, Final, Self
 
 from segalign.atomic import write_text_atomic
 from segalign.errors import DataError
+from segalign.json_text import parse_json
 from segalign.metrics.metric_protocol import protocol_digest
 
 FORMAT: Final = 1
@@ -132,7 +133,7 @@ class EvaluationResult:
             DataError: If it is missing, or no result of this format.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT:
                 raise ValueError("another format")
             digest = content.pop("digest")

@@ -15,6 +15,7 @@ from segalign.atomic import make_directory, write_bytes_atomic, write_text_atomi
 from segalign.errors import DataError
 from segalign.evaluation.captions import captions_digest
 from segalign.evaluation.image_metric import EvaluationSetting
+from segalign.json_text import parse_json
 from segalign.run_format import read_tensors
 
 _RECORD = "start.json"
@@ -47,7 +48,7 @@ class StartImages:
     def is_of(self, setting: EvaluationSetting) -> bool:
         """Tell whether the folder holds all images of this very evaluation."""
         try:
-            record = json.loads((self.folder / _RECORD).read_bytes())
+            record = parse_json((self.folder / _RECORD).read_bytes())
         except (OSError, ValueError):
             return False
         return bool(record == self.describe(setting)) and all(

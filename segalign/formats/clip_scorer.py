@@ -3,7 +3,6 @@
 Dims: B batch, N texts, D text width, E joint-embedding width, S side of the image tower's input.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from segalign.errors import ConfigError, DataError
 from segalign.formats.folders import new_folder
 from segalign.hub import fetch
+from segalign.json_text import parse_json
 from segalign.tensor_pickle import is_plain_tensor, read_tensor_pickle
 from segalign.text.text_states import TextModel
 from segalign.text.tokenizer import TextCleaning, clip_tokenizer
@@ -193,7 +193,7 @@ def save_clip_scorer(scorer: ClipScorer, folder: Path) -> None:
 
 def _check_is_clip(folder: Path) -> None:
     try:
-        kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
+        kind = parse_json((folder / "config.json").read_bytes()).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise _unusable(folder, f"no readable `config.json` ({error})") from error
     if kind != "clip":

@@ -3,7 +3,6 @@
 Dims: B batch, N texts, E joint-embedding width, S side of the image tower's input.
 """
 
-import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import CLIPTokenizer
 from segalign.errors import ConfigError, DataError
 from segalign.formats.clip_scorer import ImageFit, ImageSettings
 from segalign.hub import fetch
+from segalign.json_text import parse_json
 from segalign.tensor_pickle import is_plain_tensor, read_tensor_pickle
 from segalign.text.open_clip_text import OpenClipText
 from segalign.text.tokenizer import TextCleaning, clip_tokenizer
@@ -169,7 +169,7 @@ def _described(weights: Path, architecture: str | None) -> tuple[dict[str, Any],
             "name, such as `ViT-H-14`"
         )
     try:
-        described = json.loads(path.read_bytes())
+        described = parse_json(path.read_bytes())
         return dict(described["model_cfg"]), dict(described.get("preprocess_cfg") or {})
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(

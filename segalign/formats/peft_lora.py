@@ -5,7 +5,6 @@ A diffusers folder holds ``pytorch_lora_weights.safetensors`` with keys
 of the base model: ``pipe.load_lora_weights(FOLDER)``. Without a scale in the file it is 1.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import cast
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from segalign.atomic import make_directory, write_bytes_atomic
 from segalign.errors import DataError
 from segalign.formats.lora_pairs import LoraPairs, check_layers, check_same_layers, lora_rank
+from segalign.json_text import parse_json
 from segalign.run_format import read_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -162,7 +162,7 @@ def _stored_scale(file: Path, rank: int) -> float:
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
-        settings = json.loads(header.get("lora_adapter_metadata", "{}"))
+        settings = parse_json(header.get("lora_adapter_metadata", "{}"))
         own = {k.removeprefix("unet."): v for k, v in settings.items()}
         special = [
             name

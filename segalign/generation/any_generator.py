@@ -1,6 +1,5 @@
 """Open whatever makes images from captions: a run, an exported folder, a pipeline of diffusers."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from segalign.generation.opening import OpenedModel, RunLoader, open_model
 from segalign.generation.pipeline_call import CallSettings
 from segalign.generation.pipeline_files import names_missing_folder
 from segalign.generation.pipeline_generator import PipelineGenerator
+from segalign.json_text import parse_json
 from segalign.run_directory import BEST_NAME, resolve_checkpoint
 
 Kind = Literal["run", "export", "pipeline"]
@@ -253,7 +253,7 @@ def _refuse_pipeline_options(source: str, options: GeneratorOptions) -> None:
 def _has_segment_encoder(index: Path) -> bool:
     """Tell an exported folder from others; one that cannot be read is for its opener to refuse."""
     try:
-        content = json.loads(index.read_bytes())
+        content = parse_json(index.read_bytes())
     except (OSError, ValueError):
         return (index.parent / "segment_encoder").exists()
     return isinstance(content, dict) and "segment_encoder" in content

@@ -29,6 +29,7 @@ from segalign.generation.own_files import (
     remove_stale,
 )
 from segalign.generation.prompts import Prompt
+from segalign.json_text import parse_json
 from segalign.pictures import to_uint8
 
 # A prompt is shortened in a picture's metadata only; readers of PNG give up on huge texts.
@@ -167,7 +168,7 @@ class ImageFolder:
         file = self.path / RECORDS_FILE
         for line in file.read_bytes().splitlines() if file.is_file() else []:
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 own = ImageJob(Prompt(int(record["sample_id"]), record["prompt"]), record["seed"])
                 if record["file"] == own.file:
                     records[own.file] = record

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,13 @@ from segalign.diffusion.long_text_pipeline import LongTextPipeline
 from segalign.diffusion.pipeline_folder import INDEX_FILE, RECORD_FILE, check_files
 from segalign.diffusion.scheduler_sampler import Sampler
 from segalign.errors import ConfigError, DataError
+from segalign.json_text import parse_json
 from segalign.run_directory import META_FILE, file_digest, resolve_checkpoint
 
 WIDE = "float32"
+_LOADING_ERRORS = (
+    AttributeError, LookupError, OSError, RecursionError, SafetensorError, TypeError, ValueError
+)  # fmt: skip
 _RAW: Weights = "raw"
 
 
@@ -154,7 +157,7 @@ def _open_folder(path: Path, weights: Weights | None, dtype: str | None) -> Long
     settings = {"dtype": torch.float32} if dtype == WIDE else {}
     try:
         return LongTextPipeline.from_pretrained(path, **settings)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"expected a whole folder that `main.py export` has written at `{path}`; got: "
@@ -167,7 +170,7 @@ def _is_plain(path: Path) -> bool:
     if (path / "segment_encoder").exists() or not (path / "unet").is_dir():
         return False
     try:
-        index = json.loads((path / INDEX_FILE).read_bytes())
+        index = parse_json((path / INDEX_FILE).read_bytes())
     except (OSError, ValueError):
         return (path / "vae").is_dir()
     return isinstance(index, dict) and "segment_encoder" not in index

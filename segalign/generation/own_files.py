@@ -1,7 +1,6 @@
 """Which files of an image folder are those of ``main.py generate``: only they are ever touched."""
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from PIL import Image
 
 from segalign.atomic import make_directory, storage_errors
 from segalign.errors import ConfigError, StorageError
+from segalign.json_text import parse_json
 
 RECORDS_FILE = "images.jsonl"
 SHEET_FILE = "index.html"
@@ -129,7 +129,7 @@ def _is_own(file: Path) -> bool:
 
 def _is_own_record(line: bytes) -> bool:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         return bool(record["file"] == image_name(record["sample_id"], record["seed"]))
     except (ValueError, LookupError, TypeError):
         return False

@@ -5,7 +5,6 @@ Everything is read as tensors and settings: no pickle is opened, and no code of 
 
 import hashlib
 import inspect
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from segalign.diffusion.pipeline_folder import INDEX_FILE
 from segalign.errors import ConfigError
 from segalign.generation.pipeline_classes import part_class, pipeline_class
 from segalign.hub import fetch
+from segalign.json_text import parse_json
 from segalign.run_directory import file_digest
 
 WHAT = "the text-to-image model"
@@ -148,7 +148,7 @@ def _open(source: str) -> tuple[Path, dict[str, Any]]:
         )
     folder = fetch(source, what=WHAT, also=(_CARD,))
     with reading(f"{WHAT}'s `{INDEX_FILE}`", folder):
-        index = dict(json.loads((folder / INDEX_FILE).read_bytes()))
+        index = dict(parse_json((folder / INDEX_FILE).read_bytes()))
     return folder, index
 
 

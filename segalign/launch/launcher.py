@@ -8,6 +8,7 @@ from typing import Final, Literal, Self
 
 from segalign.atomic import make_directory, write_text_atomic
 from segalign.errors import ConfigError
+from segalign.json_text import parse_json
 
 _FILE: Final = "launch.json"
 
@@ -77,6 +78,6 @@ class Launcher:
     @classmethod
     def _last(cls, folder: Path) -> Self | None:
         try:
-            return cls(**json.loads((folder / _FILE).read_bytes()))
+            return cls(**parse_json((folder / _FILE).read_bytes()))
         except (OSError, ValueError, TypeError):
             return None

@@ -1,13 +1,13 @@
 """What a started study can be asked: how far it is, and what came out."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
 from rich.console import Console
 
 from segalign.atomic import write_text_atomic
-from segalign.errors import ConfigError
+from segalign.errors import ConfigError, DataError
 from segalign.launch.findings.ablation import AblationTable
 from segalign.launch.findings.ablation_formats import (
     to_csv,
@@ -16,11 +16,13 @@ from segalign.launch.findings.ablation_formats import (
     to_rich,
     to_runs_csv,
 )
-from segalign.launch.findings.ablation_numbers import make_table, unknown_metrics
-from segalign.launch.plan import Plan, unique_runs
+from segalign.launch.findings.ablation_numbers import make_table
+from segalign.launch.findings.unknown_names import first_of, unknown_now
+from segalign.launch.plan import PLAN_FILE, Plan, unique_runs
 from segalign.launch.planning import plan_is_stale
 from segalign.launch.running.cancelling import cancel_local
 from segalign.launch.running.observing import ObservedRun, observe
+from segalign.launch.running.run_state import RunStatus
 from segalign.launch.running.status_table import failure_lines, status_rows, summary
 from segalign.launch.slurm.slurm_commands import ClusterError
 from segalign.launch.slurm.slurm_jobs import cancel_jobs, queued_runs
@@ -41,6 +43,7 @@ def show_status(study: Study) -> None:
     wide_console().print(status_rows(observed).to_rich())
     for line in failure_lines(observed):
         say(line)
+    say_unknown(study, observed)
     say(summary(observed))
 
 
@@ -54,10 +57,37 @@ def cancel(study: Study) -> None:
     plan = Plan.load(study.folder)
     try:
         # First: a job on this very machine would take the end of its processes for a failure.
-        num_jobs = cancel_jobs(study.folder)
+        of_jobs = cancel_jobs(study.folder)
     finally:
-        num_local = cancel_local(unique_runs(plan.runs))
-    say(f"stopped {num_local} runs on this machine and {num_jobs} on the cluster")
+        here = cancel_local(unique_runs(plan.runs))
+    # Nodes of a cluster may be this machine.
+    num_here = len({path.absolute() for path in here}.difference(of_jobs))
+    say(f"stopped {num_here} runs on this machine and {len(of_jobs)} on the cluster")
+    if shared := _shared(study, plan):
+        say(
+            f"note: other studies wait for {sum(shared.values())} of the cancelled runs too: "
+            f"{', '.join(f'`{name}` ({count})' for name, count in shared.items())}"
+        )
+
+
+def _shared(study: Study, plan: Plan) -> dict[str, int]:
+    """Count, by study, the cancelled runs that studies beside this one have in their plans."""
+    cancelled = {
+        one.run.directory
+        for one in observe(unique_runs(plan.runs))
+        if one.status is RunStatus.CANCELLED
+    }
+    found = {}
+    for path in sorted(study.folder.parent.glob(f"*/{PLAN_FILE}")):
+        if path.parent == study.folder or not cancelled:
+            continue
+        try:
+            other = Plan.load(path.parent)
+        except DataError:
+            continue
+        if common := cancelled & {run.directory for run in other.runs}:
+            found[other.study] = len(common)
+    return found
 
 
 def show_table(study: Study, kind: TableFormat) -> None:
@@ -80,15 +110,24 @@ def show_table(study: Study, kind: TableFormat) -> None:
     refuse_unknown(table)
 
 
-def refuse_unknown(table: AblationTable) -> None:
+def refuse_unknown(table: AblationTable, curves: Sequence[str] = ()) -> None:
     """End with an error if no finished run has a metric; what has numbers has been shown.
+
+    Args:
+        table: Whose metrics they are.
+        curves: A line for each curve that nobody has logged.
 
     Raises:
         ConfigError: If there is one.
     """
-    if lines := unknown_metrics(table):
-        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        raise ConfigError(lines[0] + more)
+    if lines := [*table.unknown.values(), *curves]:
+        raise ConfigError(first_of(lines))
+
+
+def say_unknown(study: Study, observed: Sequence[ObservedRun]) -> None:
+    """Print a line if no finished run has a metric that the study names."""
+    if lines := unknown_now(study, observed):
+        say(f"note: {first_of(lines)}")
 
 
 def look(study: Study) -> tuple[Plan, list[ObservedRun]]:

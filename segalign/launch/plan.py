@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from segalign.atomic import make_directory, write_text_atomic
 from segalign.errors import DataError
+from segalign.json_text import parse_json
 from segalign.launch.study import Stage
 
 PLAN_FILE: Final = "plan.json"
@@ -87,7 +88,7 @@ class Plan:
         """
         path = folder / PLAN_FILE
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
             if content.pop("format") != _FORMAT:
                 raise ValueError("another format")
             runs = [_run(one) for one in content.pop("runs")]

@@ -13,17 +13,16 @@ from segalign.errors import ConfigError
 from segalign.launch.command_lines import put_run_dir, stage_arguments
 from segalign.launch.forked_map import forked_map
 from segalign.launch.gpu_hours import gpu_hours
+from segalign.launch.parser_words import plain_words
 from segalign.launch.plan import Plan, PlannedRun, ResolveConfig, unique_runs
 from segalign.launch.points import RunPoint, expand
 from segalign.launch.running.run_folder import SPEC_FILE, config_file, sweep_folder
-from segalign.launch.running.run_spec import read_spec
+from segalign.launch.running.run_spec import NOT_HASHED, read_spec
 from segalign.launch.running.run_state import FINISHED, read_state
 from segalign.launch.study import Stage, Study
 from segalign.launch.yaml_dialect import dump_yaml
 
 _ID_DIGITS: Final = 12
-# Where a run is and how it is stopped is no part of what it is.
-_NOT_HASHED: Final = ("run_dir", "preemption", "hang_watch")
 _MAX_NAMED: Final = 4
 _SEE: Final = re.compile(r" \(see `[^`]*`\)")
 
@@ -128,7 +127,7 @@ def _planned(
 def digest_configs(configs: StageConfigs) -> str:
     """Return the id of a run: digits that its configs alone decide."""
     hashed = {
-        stage: {key: value for key, value in config.items() if key not in _NOT_HASHED}
+        stage: {key: value for key, value in config.items() if key not in NOT_HASHED}
         for stage, config in configs.items()
     }
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
@@ -191,7 +190,7 @@ def _refuse_bad(reasons: Sequence[tuple[RunPoint, str]]) -> None:
     first_of: dict[str, str] = {}
     for point, reason in reasons:
         if reason:
-            first_of.setdefault(point.label, _SEE.sub("", reason).rstrip("."))
+            first_of.setdefault(point.label, plain_words(_SEE.sub("", reason).rstrip(".")))
     variants: dict[str, list[str]] = {}
     for label, reason in first_of.items():
         variants.setdefault(reason, []).append(label)

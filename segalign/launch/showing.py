@@ -6,8 +6,10 @@ from typing import Final, Literal
 from segalign.atomic import make_directory, write_bytes_atomic
 from segalign.launch.findings.ablation import AblationTable
 from segalign.launch.findings.ablation_numbers import make_table
-from segalign.launch.findings.study_plots import StudyPlot, draw_study
+from segalign.launch.findings.plot_fonts import missing_line
+from segalign.launch.findings.study_plots import StudyPlot, draw_study, fonts_of
 from segalign.launch.findings.study_report import write_report
+from segalign.launch.findings.unknown_names import unknown_curves
 from segalign.launch.looking import look, refuse_unknown, say
 from segalign.launch.plan import Plan
 from segalign.launch.running.observing import ObservedRun
@@ -30,7 +32,9 @@ def write_plots(study: Study, suffix: PlotFormat) -> None:
     table = make_table(study, plan, observed)
     folder = study.folder / "plots"
     plots = _draw(study, plan, table, observed)
+    curves = list(unknown_curves(study, observed).values())
     if not plots:
+        refuse_unknown(table, curves)
         say("nothing to draw: no run has logged a number yet")
         return
     make_directory(folder)
@@ -38,7 +42,7 @@ def write_plots(study: Study, suffix: PlotFormat) -> None:
         path = folder / f"{plot.stem}.{suffix}"
         write_bytes_atomic(path, plot.to_bytes(suffix))
         say(f"{path}: {plot.alt}")
-    refuse_unknown(table)
+    refuse_unknown(table, curves)
 
 
 def write_page(study: Study) -> None:
@@ -54,10 +58,13 @@ def write_page(study: Study) -> None:
     path = study.folder / REPORT_FILE
     write_report(study, plan, observed, table, plots, path)
     say(f"{summary(observed)}: {path}")
-    refuse_unknown(table)
+    refuse_unknown(table, list(unknown_curves(study, observed).values()))
 
 
 def _draw(
     study: Study, plan: Plan, table: AblationTable, observed: Sequence[ObservedRun]
 ) -> list[StudyPlot]:
-    return list(draw_study(study, plan, table, observed).values())
+    plots = list(draw_study(study, plan, table, observed).values())
+    if plots and (line := missing_line(fonts_of(study, table))):
+        say(f"note: {line}")
+    return plots

@@ -4,16 +4,21 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from segalign.atomic import make_directory, write_bytes_atomic
-from segalign.errors import SegalignError
+from segalign.errors import ConfigError, SegalignError
 from segalign.launch.launcher import Launcher
-from segalign.launch.looking import say
+from segalign.launch.looking import say, say_unknown
 from segalign.launch.plan import PLAN_FILE, Plan, PlannedRun, ResolveConfig, unique_runs
 from segalign.launch.plan_table import plan_rows
 from segalign.launch.planning import PlannedStudy, plan_is_stale, plan_study, prepare_run
 from segalign.launch.running.local_controller import run_local
 from segalign.launch.running.observing import ObservedRun, observe
 from segalign.launch.running.run_state import ACTIVE, FINISHED, RunStatus
-from segalign.launch.running.status_table import describe_change, failure_lines, summary
+from segalign.launch.running.status_table import (
+    describe_change,
+    failure_lines,
+    num_failed,
+    summary,
+)
 from segalign.launch.searching.search import OptunaSearch
 from segalign.launch.searching.search_rounds import search_round
 from segalign.launch.slurm.sbatch_script import sbatch_text
@@ -45,6 +50,11 @@ def show_plan(study: Study, resolve: ResolveConfig, program: Sequence[str]) -> N
             study, num_tasks=num_tasks, runs_file=runs_file, program=program, options=()
         )
         say(f"\nWith `--slurm`, this job:\n\n{text}")
+    else:
+        say(
+            "no job is shown, because the study has no `slurm` block: add one, such as "
+            '`slurm: {time: "02:00:00", gpus_per_node: 1}`, and plan again'
+        )
 
 
 def start_study(
@@ -133,7 +143,10 @@ def _keep(
     """Write what later commands read; the plan comes last, so that all of its runs are there."""
     make_directory(study.folder)
     for run in unique_runs(runs):
-        prepare_run(run, planned.configs[run.run_id], study.name)
+        try:
+            prepare_run(run, planned.configs[run.run_id], study.name)
+        except ConfigError as error:  # one that cannot be prepared counts as failed
+            say(f"note: {run.label}, seed {run.seed} is left out: {error}")
     write_bytes_atomic(study.folder / STUDY_COPY, study.file.read_bytes())
     launcher.save(study.folder)
     planned.plan.save(study.folder)
@@ -167,7 +180,7 @@ def _launch(
             return
         say(f"{len(job.runs)} runs are put into the queue as job {job.job_id}: {job.script}")
     else:
-        say(f"starting {len(runs)} runs, {launcher.num_parallel} at a time")
+        say(_what_begins(observe(runs), launcher.num_parallel))
         run_local(
             runs,
             program,
@@ -177,14 +190,31 @@ def _launch(
         )
 
 
+def _what_begins(observed: Sequence[ObservedRun], num_parallel: int) -> str:
+    """Tell the runs that are started from those that another command has in hand."""
+    num_held = sum(one.status is RunStatus.RUNNING for one in observed)
+    num_new = len(observed) - num_held
+    waiting = f"waiting for {_runs(num_held)} that another command has started"
+    if not num_new:
+        return waiting
+    starting = f"starting {_runs(num_new)}, {num_parallel} at a time"
+    return f"{starting}; {waiting}" if num_held else starting
+
+
+def _runs(number: int) -> str:
+    return f"{number} run{'' if number == 1 else 's'}"
+
+
 def _refuse_failed(study: Study, observed: Sequence[ObservedRun]) -> None:
     """Say how the study stands; end with an error if runs have failed."""
+    say_unknown(study, observed)
     say(summary(observed))
     failures = failure_lines(observed)
     for line in failures[1:]:
         say(line)
     if failures:
         raise SegalignError(
-            f"expected all runs to end well; {len(failures)} of {len(observed)} failed: "
-            f"{failures[0]}. Mend it, then `python main.py sweep retry {study.file} --failed`."
+            f"expected all runs to end well; {num_failed(observed)} of {len(observed)} failed: "
+            f"{failures[0].rstrip('.')}. "
+            f"Mend it, then `python main.py sweep retry {study.file} --failed`."
         )

@@ -11,11 +11,13 @@ from segalign.launch.study_place import (
     as_mapping,
     brief,
     check_setting,
+    near,
 )
 
 _RESERVED: Final = ("arm", "seed")
 _UNNAMED_PARTS: Final = ("init_args", "class_path")
-_RANGE_KEYS: Final = frozenset({"low", "high"})
+_ENDS: Final = ("low", "high")
+_RANGE_KEYS: Final = (*_ENDS, "log")
 
 
 def read_axes(grid: Any, zipped: Any, place: Place) -> tuple[Axis, ...]:
@@ -83,14 +85,30 @@ def _named_parts(key: str) -> list[str]:
 
 def _grid_axis(key: str, values: Any, label: str, place: Place) -> Axis:
     here = place.of(f"`grid`, axis `{key}`")
-    if isinstance(values, Mapping) and values.keys() >= _RANGE_KEYS:
+    if isinstance(values, Mapping) and _is_range(values):
         return Axis(label=label, keys=(key,), range=_range(values, here))
     labelled = label_values(key, values, here)
     levels = [Level(label=name, settings={key: value}) for name, value in labelled]
     return Axis(label=label, keys=(key,), levels=tuple(levels))
 
 
+def _is_range(values: Mapping[str, Any]) -> bool:
+    """Tell a range, be it mistyped, from levels that are called so: its ends are numbers."""
+    return values.keys() >= {*_ENDS} or any(
+        isinstance(values.get(end), int | float) and not isinstance(values.get(end), bool)
+        for end in _ENDS
+    )
+
+
 def _range(values: Mapping[str, Any], place: Place) -> Range:
+    for key in as_mapping(values, place, "{low: 0, high: 1}"):
+        if key not in _RANGE_KEYS:
+            advice = f"{near(key, _RANGE_KEYS)}; levels need other names"
+            raise place.error("`low`, `high` and `log` of a range", f"`{key}`", advice)
+    for end in _ENDS:
+        if end not in values:
+            advice = "write both, or give a level another name"
+            raise place.error("`low` and `high` of a range", f"no `{end}`", advice)
     ends = (values["low"], values["high"])
     are_integers = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
     found = as_dataclass(Range, {"is_integer": are_integers, **values}, place, "{low: 0, high: 1}")
@@ -186,7 +204,7 @@ def short_value(key: str, value: Any, *, in_full: bool = False) -> str:
 
 
 def _pairs(settings: Mapping[str, Any]) -> str:
-    return ",".join(f"{name}={short_value(name, value)}" for name, value in settings.items())
+    return ",".join(f"{name}={short_value(str(name), value)}" for name, value in settings.items())
 
 
 def axis_levels(axis: Axis) -> Sequence[Level]:

@@ -55,6 +55,7 @@ _KEYS: Final = (
     "runs_folder",
 )
 _NAME: Final = re.compile(r"[\w.+-]+")
+_MAX_NAME_BYTES: Final = 200
 _SWEEPS: Final = Path("runs/sweeps")
 _STAGES: Final = (["fit"], ["fit", "test"])
 
@@ -107,10 +108,16 @@ def load_study(
 
 
 def _read_name(name: Any, place: Place) -> str:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _is_folder_name(name):
         advice = "use letters, digits and `-_.+`, because a folder is called so"
         raise place.of("`name`").error("a name", brief(name), advice)
     return name
+
+
+def _is_folder_name(name: str) -> bool:
+    """Tell whether a folder can be called so; dots alone would lead to another one."""
+    is_short = len(name.encode(errors="replace")) <= _MAX_NAME_BYTES
+    return is_short and bool(name.strip(".")) and bool(_NAME.fullmatch(name))
 
 
 def _read_base(

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from segalign.commands.parsing import summarise
 from segalign.errors import ConfigError
+from segalign.launch.parser_words import plain_words
 
 Settings = TypeVar("Settings")
 
@@ -134,7 +135,7 @@ def as_dataclass(kind: type[Settings], value: Any, place: Place, example: str) -
     try:
         parsed = parser.parse_object({"of": dict(content)})
     except ArgumentError as error:
-        line = summarise(str(error)).removeprefix("`of`: ").replace("`of.", "`")
+        line = plain_words(summarise(str(error)).removeprefix("`of`: ").replace("`of.", "`"))
         raise ConfigError(f"expected settings that fit in {place}; {line}. Correct it.") from error
     return kind(**vars(parsed.of))
 

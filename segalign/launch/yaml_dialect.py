@@ -11,7 +11,7 @@ from typing import Any, Final
 import yaml
 
 from segalign.errors import ConfigError
-from segalign.yaml_errors import yaml_errors
+from segalign.yaml_errors import check_size, yaml_errors
 
 _FLOAT: Final = re.compile(
     r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -84,11 +84,13 @@ def read_yaml(path: Path, what: str) -> Any:
     """
     try:
         with yaml_errors(path):
-            return _SafeLoader(path.read_text(encoding="utf-8")).get_single_data()
+            content = _SafeLoader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(
             f"expected {what} at `{path}`; got: {error.strerror}. Give the path of one."
         ) from error
+    check_size(content, path)
+    return content
 
 
 def dump_yaml(content: Any) -> str:

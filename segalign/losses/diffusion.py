@@ -3,13 +3,14 @@
 Dims: B batch, c/h/w latents.
 """
 
+import torch
 from torch import Tensor
 
 from segalign.diffusion.schedule import NoiseSchedule
 
 
 def denoising_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample, in float32.
+    """Mean squared error of each sample, in float32 at least.
 
     Args:
         output: Network output, ``(B, c, h, w)``; carries gradient.
@@ -18,7 +19,8 @@ def denoising_loss(output: Tensor, target: Tensor) -> Tensor:
     Returns:
         Losses ``(B,)``.
     """
-    return (output.float() - target.float()).square().flatten(1).mean(dim=1)
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    return (output.to(dtype) - target.to(dtype)).square().flatten(1).mean(dim=1)
 
 
 def min_snr_weights(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Tensor:

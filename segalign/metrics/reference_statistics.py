@@ -16,6 +16,7 @@ from torch import Tensor
 from segalign.atomic import write_bytes_atomic
 from segalign.errors import DataError
 from segalign.evaluation.image_metric import EvaluationSetting
+from segalign.json_text import parse_json
 from segalign.metrics.extractors.protocol import FeatureExtractor
 from segalign.metrics.feature_statistics import FeatureStatistics
 from segalign.metrics.metric_protocol import check_same_protocol
@@ -91,7 +92,7 @@ class ReferenceStatistics:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            protocol = dict(json.loads(metadata[_PROTOCOL]))
+            protocol = dict(parse_json(metadata[_PROTOCOL]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"expected reference statistics in `{path}`; got {_reason(error)}; make them with "

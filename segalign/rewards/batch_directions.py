@@ -172,7 +172,8 @@ def sum_over_ranks(text_features: Tensor, counted: Tensor | None = None) -> tupl
 
     Args:
         text_features: ``(B, E)``.
-        counted: Which of them are summed, bool ``(B,)``; None is all.
+        counted: Which of them are summed, bool ``(B,)``; None is all. Those that are not finite
+            never are: an average would keep them for good.
 
     Returns:
         The sum ``(E,)``, without gradient, the number of features in it, and the number of rows,
@@ -180,8 +181,10 @@ def sum_over_ranks(text_features: Tensor, counted: Tensor | None = None) -> tupl
     """
     num_rows = len(text_features)
     features = text_features.detach().double()
+    is_summed = features.isfinite().all(dim=1)
     if counted is not None:
-        features = features[counted.to(features.device)]
+        is_summed &= counted.to(features.device)
+    features = features[is_summed]
     sizes = features.new_tensor([float(len(features)), float(num_rows)])
     total = torch.cat([features.sum(dim=0), sizes])
     if is_distributed():

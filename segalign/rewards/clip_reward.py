@@ -114,7 +114,7 @@ class ClipReward(FrozenReward):
             NonFiniteError: If an image is not finite.
         """
         check_batch(images, captions)
-        texts = self._read(captions)
+        texts = self._read(self.segment_features(captions))
         return (self.image_features(images) * texts.weighted).sum(dim=-1)
 
     def bind(self, captions: Sequence[str], counted: Tensor | None = None) -> "BoundClipReward":
@@ -128,11 +128,9 @@ class ClipReward(FrozenReward):
             captions: ``B`` captions, all of which can be scored.
             counted: Which of them an estimate of the common direction sees, bool ``(B,)``; None is
                 all.
-
-        Raises:
-            DataError: If text features are not finite.
         """
-        return BoundClipReward(self, self._read(captions, counted))
+        # What is not finite is handed on: other ranks would wait for one that raises.
+        return BoundClipReward(self, self._read(self._encode(captions), counted))
 
     def image_features(self, images: Tensor) -> Tensor:
         """Encode images in [0, 1] to unit vectors ``(B, E)``; differentiable in the images.
@@ -153,9 +151,7 @@ class ClipReward(FrozenReward):
         Raises:
             DataError: If the model gives features that are not finite.
         """
-        self.freeze()
-        with torch.no_grad():
-            segments = self.scorer.segment_features(captions)
+        segments = self._encode(captions)
         check_features(segments.features, "text")
         return segments
 
@@ -196,9 +192,14 @@ class ClipReward(FrozenReward):
             scores = _scores_of(segments, image_features)
         return ScoreParts(plain - along, along, common_share(text, direction), scores)
 
-    def _read(self, captions: Sequence[str], counted: Tensor | None = None) -> "_Texts":
-        """Encode captions as the images are scored against them."""
-        text = self.text_features(captions)
+    @torch.no_grad()
+    def _encode(self, captions: Sequence[str]) -> SegmentFeatures:
+        self.freeze()
+        return self.scorer.segment_features(captions)
+
+    def _read(self, segments: SegmentFeatures, counted: Tensor | None = None) -> "_Texts":
+        """Make of captions' segments what the images are scored against."""
+        text = self._mean(segments)
         if self.common_direction is None:
             return _Texts(text)
         direction = ask_direction(self.common_direction, text, counted)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from segalign.errors import ConfigError, DataError
+from segalign.json_text import parse_json
 from segalign.rewards.batch_directions import ESTIMATE_COMMAND, MIN_BATCH, check_not_single
 from segalign.rewards.common_direction import CommonDirection, CorpusDirection
 from segalign.rewards.segment_scorer import SegmentScorer
@@ -83,7 +84,7 @@ def described_segmenter(text: str) -> Segmenter | None:
     try:
         if kind != SEGMENTS:
             raise ValueError(f"`{text:.60}`")
-        return build_segmenter(json.loads(description))
+        return build_segmenter(parse_json(description))
     except ValueError as error:
         raise DataError(
             "expected a common direction of whole captions, or of segments by a segmenter of this "

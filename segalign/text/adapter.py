@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from segalign.errors import ConfigError, DataError
 from segalign.formats.folders import new_folder
 from segalign.hub import fetch
+from segalign.json_text import parse_json
 from segalign.run_format import read_tensors
 from segalign.tensor_pickle import is_plain_tensor, read_tensor_pickle
 
@@ -171,7 +172,7 @@ def _find_folder(source: str | Path) -> Path:
 def _read_dims(path: Path) -> list[int]:
     """Read the three widths from a config."""
     try:
-        config = json.loads(path.read_bytes())
+        config = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(
             f"expected JSON in `{path}`; got {type(error).__name__}; download the adapter again"

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from segalign.errors import ConfigError, DataError
+from segalign.json_text import parse_json
 from segalign.text.digest_index import DigestIndex, digest_ids
 from segalign.text.text_states import TextModel
 from segalign.text.tokenizer import TokenIds
@@ -91,7 +92,7 @@ class FeatureStore:
                 "make or finish it with `python main.py shards encode`"
             )
         try:
-            description = json.loads(path.read_bytes())
+            description = parse_json(path.read_bytes())
             known = {key: description.get(key) for key in STORE_FORMAT} == STORE_FORMAT
         except (OSError, ValueError, AttributeError) as error:
             raise _damaged(path, error) from error

@@ -1,6 +1,5 @@
 """T5 encoders: pretrained ones from the hub or a folder, and random ones of known sizes."""
 
-import json
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -17,6 +16,7 @@ from transformers import (
 
 from segalign.errors import ConfigError
 from segalign.hub import fetch
+from segalign.json_text import parse_json
 
 T5Size = Literal["large", "tiny"]
 
@@ -150,11 +150,11 @@ def _freeze(model: T5EncoderModel) -> T5EncoderModel:
 
 def _check_files(folder: Path) -> None:
     """Refuse what transformers would fill in silently: another type's config, no vocabulary."""
-    kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
+    kind = parse_json((folder / "config.json").read_bytes()).get("model_type")
     if kind != "t5":
         raise _refused(folder, f"a model of type `{kind}`")
     settings = folder / "tokenizer_config.json"
-    if settings.is_file() and "ByT5" in json.loads(settings.read_bytes()).get(
+    if settings.is_file() and "ByT5" in parse_json(settings.read_bytes()).get(
         "tokenizer_class", ""
     ):
         return

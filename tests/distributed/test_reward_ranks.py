@@ -143,7 +143,7 @@ class Watch(pl.Callback):
     """Write every rank's findings: processes end with their runs."""
 
     def __init__(self):
-        self.gradients, self.collectives = [], []
+        self.gradients, self.collectives, self.skipped = [], [], []
 
     def on_train_start(self, trainer, pl_module):
         self.start = cloned(trainable_parameters(pl_module))
@@ -166,7 +166,12 @@ class Watch(pl.Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         trained = trainable_parameters(pl_module)
-        self.gradients.append(cloned({name: weight.grad for name, weight in trained.items()}))
+        moved = {name: w.grad for name, w in trained.items() if w.grad is not None}
+        self.gradients.append(cloned(moved))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        found = pl_module.skipped
+        self.skipped.append(found and [found.step, found.reason, list(found.sample_ids)])
 
     def on_train_end(self, trainer, pl_module):
         assert trainer.global_step == 2
@@ -176,6 +181,7 @@ class Watch(pl.Callback):
             weights=cloned(trainable_parameters(pl_module)),
             gradients=self.gradients,
             collectives=self.collectives,
+            skipped=self.skipped,
             metrics=cloned(trainer.callback_metrics),
         )
 
@@ -272,24 +278,30 @@ def compare_metrics(found, wanted, tolerance):
         ), name
 
 
-def test_a_reward_that_fails_on_one_rank_ends_both_before_a_weight_moves(tmp_path: Path):
-    with pytest.raises(Exception, match="NonFiniteError: expected finite losses at step 0"):
-        train(2, tmp_path, "32-true", ToyReward(nan_at=0))
-    common = "expected finite losses at step 0; got NaN or infinity for 1 samples "
-    first, second = results(tmp_path)
-    assert first["error"].startswith(common + "(none of this rank); no weight was changed")
-    assert second["error"].startswith(common + "(6) (the reward: ")
-    assert "`fails`" in second["error"]
-    for rank in (first, second):
-        assert error_of(rank["weights"], rank["start"]) == 0
+def test_a_reward_that_fails_on_one_rank_lets_both_skip_the_step(tmp_path: Path):
+    ranks = train(2, tmp_path, "32-true", ToyReward(nan_at=0))
+    for rank in ranks:
+        # Of two steps, the first one had no gradient, and so changed nothing.
+        first, second = rank["gradients"]
+        assert (len(first), len(second)) == (0, len(rank["weights"]))
+        assert rank["skipped"] == ranks[0]["skipped"]
+        (step, reason, ids) = rank["skipped"][0]
+        assert rank["skipped"][1:] == [None]
+        assert (step, ids) == (0, [6])
+        assert reason.startswith("the losses of 1 samples are not finite (rank 1: the reward: ")
+        assert "`fails`" in reason
+        for name, weight in rank["weights"].items():
+            # Steps of SGD at rate 1.
+            assert torch.equal(weight, rank["start"][name] - second[name])
+            assert torch.equal(weight, ranks[0]["weights"][name])
 
 
 def test_a_blank_caption_of_one_rank_ends_both_before_a_weight_moves(tmp_path: Path):
     captions = [" " if caption == BROKEN else caption for caption in CAPTIONS]
     with pytest.raises(Exception, match="Error: expected"):
         train(2, tmp_path, "32-true", captions=captions)
-    first, second = results(tmp_path)
-    assert first["error"].startswith("expected finite losses at step 0; got NaN or infinity for 1 ")
-    assert second["error"].startswith("expected captions with text for a reward; got blank ones ")
-    for rank in (first, second):
+    for rank in results(tmp_path):
+        assert rank["error"].startswith(
+            "expected captions with text for a reward; got blank ones for samples 6; "
+        )
         assert error_of(rank["weights"], rank["start"]) == 0

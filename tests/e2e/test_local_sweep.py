@@ -21,7 +21,7 @@ name: toys
 base: {base}
 grid: {{vars.lr: [0.01]}}
 seeds: [0, 1, 2]
-metrics: [{{name: train/loss, mode: min}}]
+metrics: [{{name: train/loss, mode: min}}, train/lost]
 folder: {folder}/study
 runs_folder: {folder}/runs
 """
@@ -88,6 +88,8 @@ def test_a_study_survives_its_controller_and_is_not_repeated(start, study, tmp_p
     output = second.communicate()[0]
     assert second.returncode == 0, output
     assert "3 of 3 done" in output
+    assert "note: expected a metric" in output
+    assert "no finished run has `train/lost`: near it are `train/loss`" in output
     runs = [run.directory for run in Plan.load(tmp_path / "study").runs]
     assert len(runs) == len(set(runs)) == 3
     for run_dir in runs:
@@ -106,4 +108,5 @@ def test_a_study_survives_its_controller_and_is_not_repeated(start, study, tmp_p
 
     status = start("status", study).communicate()[0]
     assert "3 of 3 done" in status
+    assert "no finished run has `train/lost`" in status
     assert status.count(f"{NUM_STEPS}/{NUM_STEPS}") == 3

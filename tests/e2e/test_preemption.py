@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
-import random
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -233,34 +230,6 @@ def test_workers_outlive_what_ends_the_job_before_the_run_has_ended(fits, straig
     assert "saved in" in fits.stopped()
     assert fits.run(run_dir, *workers) == 0
     assert losses(run_dir) == losses(straight())
-
-
-NUM_SIGNALS = 20
-
-
-def num_batches(run_dir: Path) -> int:
-    path = run_dir / "losses.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def test_signals_at_random_times_change_nothing(fits, straight, run_dir, seed):
-    # The moments are drawn in batches of progress, so that a slow machine sees the same ones.
-    options = [*VALIDATING, "--trainer.max_steps=300"]
-    listening = "--preemption.signal=USR1"
-    moments = random.Random(seed)
-    for _ in range(NUM_SIGNALS):
-        wanted = num_batches(run_dir) + moments.randint(1, 9)
-        process = fits.start(run_dir, *options, listening)
-        deadline = time.monotonic() + 60
-        while num_batches(run_dir) < wanted:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.02))
-        os.kill(process, signal.SIGUSR1)
-        assert fits.server.wait() == STOPPED, fits.log.read_text()
-        assert fits.stopped()
-    assert fits.run(run_dir, *options, listening) == 0
-    assert_ended_alike(run_dir, straight(*options))
 
 
 def real_recipe(run_dir: Path, *callbacks: dict) -> list[str]:

@@ -31,6 +31,13 @@ def assert_same_checkpoints(left: Path, right: Path) -> None:
     assert_same(one, other, "")
 
 
+def assert_same_training_state(left: Path, right: Path, *parts: str) -> None:
+    """Compare all but Lightning's own counts: to it, an early stop ends an epoch."""
+    one, other = (load_checkpoint(newest_checkpoint(path)) for path in (left, right))
+    for part in ("optimizer_states", "lr_schedulers", "ema", "global_step", *parts):
+        assert_same(one[part], other[part], part)
+
+
 def assert_same(left, right, place: str) -> None:
     assert type(left) is type(right), place
     if isinstance(left, dict):
@@ -101,12 +108,36 @@ def test_resume_equals_a_straight_run(toy_command, tmp_path, variant, stop):
     assert checkpoint_step(newest_checkpoint(broken)) == 7
     assert toy_command("fit", *options, configs=(layer,)) == 0
     assert losses(broken) == losses(straight)
-    expected, found = (load_checkpoint(newest_checkpoint(path)) for path in (straight, broken))
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "ema", "global_step"):
-        assert_same(found[part], expected[part], part)
+    assert_same_training_state(broken, straight, "state_dict")
     if stop == "max_steps":
         assert_same_checkpoints(straight, broken)
         assert metrics(broken) == metrics(straight)
+
+
+def test_a_stop_between_two_micro_batches_repeats_their_step(toy_command, tmp_path):
+    layer = tmp_path / "variant.yaml"
+    layer.write_text(VARIANTS["accumulation"])
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert toy_command("fit", f"--run_dir={straight}", configs=(layer,)) == 0
+    options = [f"--run_dir={broken}", "--ckpt_path=auto", "--allow_import=stop_between"]
+    stop = ["--trainer.callbacks+=stop_between.StopBetween", "--trainer.callbacks.at_step=7"]
+    assert toy_command("fit", *options, *stop, configs=(layer,)) == 0
+    assert checkpoint_step(newest_checkpoint(broken)) == 7
+    assert len(losses(broken)) == 3 * 7 + 1
+    assert toy_command("fit", *options, configs=(layer,)) == 0
+    assert losses(broken) == losses(straight)
+    # But for the running statistics of the toy's batch norm, which have seen a batch twice.
+    assert_same_training_state(broken, straight)
+
+
+def test_other_micro_batches_make_whole_steps(toy_command, run_dir):
+    # Three micro-batches lie behind it, which are no whole step of four.
+    assert toy_command("fit", "--trainer.max_steps=3") == 0
+    before = losses(run_dir)
+    options = ["--ckpt_path=auto", "--trainer.max_steps=6"]
+    assert toy_command("fit", *options, "--trainer.accumulate_grad_batches=4") == 0
+    steps = {batch: record[0] for batch, record in losses(run_dir).items() if batch not in before}
+    assert steps == {batch: (batch + 1) // 4 for batch in range(12, 24)}
 
 
 def test_a_finished_run_has_nothing_left_to_do(toy_command, run_dir):

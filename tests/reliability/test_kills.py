@@ -1,178 +1,109 @@
-"""SIGKILL at any moment costs at most the steps since the last checkpoint."""
+"""SIGKILL at any moment costs at most the steps since the last checkpoint, and changes nothing."""
 
-import csv
-import json
-import os
 import random
-import signal
-import time
-from pathlib import Path
 
+import broken_resume
 import pytest
-from run_comparison import assert_same_training, losses
+from kill_chains import Chain, run_chains
+from resumed_runs import EVERY_N_STEPS, MODULES
+from run_comparison import assert_same_run, lost_steps
+from toy_resume import KINDS
 
-from segalign.run_directory import list_checkpoints, newest_checkpoint, read_best
-from segalign.run_format import load_checkpoint
+# Moments at which the short run of each module is killed; at night, ten times as many of any kind.
+KILLS = {
+    "toy": ["start", "save", "step", "validation", "end"],
+    "stage one": ["save", "evaluation", "step", "validation"],
+    "stage one, LoRA": ["step", "save", "validation"],
+    "preference": ["validation", "step", "save"],
+    "scorer": ["step", "save", "end"],
+    "reward": ["evaluation", "start", "save"],
+}
+MIDDLE = [kind for kind in KINDS if kind != "end"]
+SEED = 1234
 
 
 @pytest.fixture(scope="module")
-def start(server, toy_config, tmp_path_factory):
-    """Start a fit of the toy into a run directory; returns the process id."""
-    log = tmp_path_factory.mktemp("log") / "log.txt"
+def chains(server, tries, tmp_path_factory) -> dict[str, Chain]:
+    """Kill runs of all modules, each several times before it is done."""
+    found = {}
+    for number in range(tries(1, 10)):
+        place, chance = tmp_path_factory.mktemp("kills"), random.Random(SEED + number)
+        chains = [
+            Chain(module, place, kinds if not number else chance.choices(MIDDLE, k=len(kinds)))
+            for module, kinds in KILLS.items()
+        ]
+        run_chains(server, chains, chance)
+        found |= {(number, chain.module): chain for chain in chains}
+    return found
 
-    def start(run_dir: Path, *options: str) -> int:
-        fixed = ["fit", "--allow_import=toy_house", f"--config={toy_config}", "--ckpt_path=auto"]
-        return server.start([*fixed, f"--run_dir={run_dir}", *options], log)
 
-    return start
+def check_nothing_changed(chain: Chain) -> None:
+    assert not chain.trouble, chain.repeat()
+    try:
+        assert_same_run(chain.killed, chain.straight)
+        lost = lost_steps(chain.killed)
+        assert all(0 <= steps <= EVERY_N_STEPS for steps in lost), lost
+    except AssertionError as error:
+        raise AssertionError(f"{chain.repeat()}\n{error}") from error
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_kills_change_nothing(chains, module):
+    for (_, name), chain in chains.items():
+        if name == module:
+            check_nothing_changed(chain)
+
+
+def test_kills_fall_into_all_kinds_of_moments(chains):
+    moments = [moment["name"] for chain in chains.values() for moment in chain.moments]
+    assert len(moments) >= 20
+    for kind, names in KINDS.items():
+        assert any(name in names for name in moments), (kind, moments)
+
+
+STEP = {"name": "batch_end", "step": 5, "time": 0}
+# The rename of the checkpoint of step 6 is over, and its step not even logged by the loop.
+SAVED = {"name": "renamed", "step": 6, "time": 0}
+VALIDATION = {"name": "validation_batch", "step": 3, "time": 0}
+BROKEN = {
+    broken_resume.rng_not_seeded_by_step: STEP,
+    broken_resume.data_restarts_the_epoch: STEP,
+    broken_resume.optimizer_not_loaded: STEP,
+    broken_resume.ema_not_loaded: STEP,
+    broken_resume.schedule_not_loaded: STEP,
+    broken_resume.validation_not_made_up: VALIDATION,
+    broken_resume.step_logged_after_its_checkpoint: SAVED,
+    broken_resume.text_totals_logged_at_the_next_step: STEP,
+}
+
+
+MOMENTS = {"step": STEP, "saved": SAVED, "validation": VALIDATION}
 
 
 @pytest.fixture(scope="module")
-def straight(server, start, tmp_path_factory):
-    """Run the toy without an interruption; returns its run directory."""
-    run_dir = tmp_path_factory.mktemp("straight")
-    start(run_dir)
-    assert server.wait() == 0
-    return run_dir
+def spoilt(server, tmp_path_factory) -> dict[str, Chain]:
+    """Kill the toy once with each broken variant, and once with none at each of their moments."""
+    place = tmp_path_factory.mktemp("spoilt")
+    chains = {
+        breaker.__name__: Chain(
+            "toy", place, [moment], breaker.__name__, (f"broken_resume.{breaker.__name__}",)
+        )
+        for breaker, moment in BROKEN.items()
+    }
+    for name, moment in MOMENTS.items():
+        chains[name] = Chain("toy", place, [moment], name)
+    run_chains(server, list(chains.values()), random.Random(SEED))
+    return chains
 
 
-def assert_ended_alike(straight: Path, broken: Path) -> None:
-    assert_same_training(broken, straight)
-    assert load_checkpoint(newest_checkpoint(broken))["global_step"] == len(losses(straight))
-    stale = [p.name for p in (broken / "checkpoints").iterdir() if p.name.startswith(".")]
-    assert stale == []
+@pytest.mark.parametrize("name", ["step", "saved", "validation"])
+def test_one_kill_changes_nothing(spoilt, name):
+    check_nothing_changed(spoilt[name])
 
 
-def test_a_kill_in_mid_epoch_changes_nothing(server, start, straight, run_dir):
-    start(run_dir, "--trainer.callbacks+=toy_house.Kill", "--trainer.callbacks.at_step=8")
-    assert server.wait() == -signal.SIGKILL
-    assert newest_checkpoint(run_dir).name == "step-00000005"
-    start(run_dir)
-    assert server.wait() == 0
-    assert_ended_alike(straight, run_dir)
-
-
-@pytest.mark.parametrize("at_sync", range(1, 18, 3))
-def test_a_kill_while_saving_changes_nothing(server, start, straight, run_dir, at_sync):
-    callback = "toy_house.KillWhileSaving"
-    start(run_dir, f"--trainer.callbacks+={callback}", f"--trainer.callbacks.at_sync={at_sync}")
-    assert server.wait() == -signal.SIGKILL
-    start(run_dir)
-    assert server.wait() == 0
-    assert_ended_alike(straight, run_dir)
-
-
-def num_batches(run_dir: Path) -> int:
-    path = run_dir / "losses.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-NUM_KILLS = 4
-LONGEST_ATTEMPT = 15  # batches
-
-
-def test_kills_at_random_times_change_nothing(server, start, tmp_path, seed):
-    # The moments are drawn in batches of progress, so that a slow machine sees the same kills.
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    options = [f"--trainer.max_steps={2 * NUM_KILLS * LONGEST_ATTEMPT}"]
-    start(straight, *options)
-    assert server.wait() == 0
-    moments = random.Random(seed)
-    for _ in range(NUM_KILLS):
-        wanted = num_batches(broken) + moments.randint(1, LONGEST_ATTEMPT)
-        process = start(broken, *options)
-        deadline = time.monotonic() + 120
-        while num_batches(broken) < wanted:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.01))
-        os.kill(process, signal.SIGKILL)
-        assert server.wait() == -signal.SIGKILL
-    start(broken, *options)
-    assert server.wait() == 0
-    assert_ended_alike(straight, broken)
-    assert len(list_checkpoints(broken)) == 2
-
-
-def stage_one(run_dir: Path, *callbacks: dict) -> list[str]:
-    """Compose a fit of the real stage 1 on tiny scenes."""
-    repository = Path(__file__).parents[2]
-    scenes = {"world": "2x2", "num_train": 24, "num_val": 4, "root": str(run_dir.parent / "scenes")}
-    base = {"world": "2x2", "generator": "random", "text_model": "random"}
-    averaged = [{"class_path": "callbacks.ema.EMA"}, *callbacks]
-    return [
-        "fit", f"--config={repository / 'configs/quickstart.yaml'}",
-        "--allow_import=toy_house", "--ckpt_path=auto", f"--run_dir={run_dir}",
-        f"--data.init_args.scenes={json.dumps(scenes)}", "--data.init_args.num_workers=1",
-        "--data.init_args.global_batch_size=8", "--trainer.max_steps=8",
-        f"--model.init_args.base.init_args={json.dumps(base)}",
-        f"--trainer.callbacks={json.dumps(averaged)}",
-        "--trainer.accumulate_grad_batches=2", "--trainer.log_every_n_steps=1",
-        "--checkpoint.every_n_steps=2",
-    ]  # fmt: skip
-
-
-def logged(run_dir: Path, name: str) -> dict[str, str]:
-    with (run_dir / "logs" / "metrics.csv").open(newline="") as lines:
-        return {row["step"]: row[name] for row in csv.DictReader(lines) if row.get(name)}
-
-
-def test_stage_one_resumes_bit_identically_after_a_kill(server, tmp_path):
-    # 24 samples in batches of 8: the kill at step 5 is in the middle of the second epoch.
-    log = tmp_path / "log.txt"
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    server.start(stage_one(straight), log)
-    assert server.wait() == 0, log.read_text()
-    kill = {"class_path": "toy_house.Kill", "init_args": {"at_step": 5}}
-    server.start(stage_one(broken, kill), log)
-    assert server.wait() == -signal.SIGKILL
-    assert newest_checkpoint(broken).name == "step-00000004"
-    server.start(stage_one(broken), log)
-    assert server.wait() == 0, log.read_text()
-    assert len(logged(straight, "train/loss")) == 8
-    assert logged(broken, "train/loss") == logged(straight, "train/loss")
-    # Text totals of 64 samples: two whole epochs of 24, and what the last one reached.
-    captions = logged(straight, "epoch/num_captions")
-    assert [float(count) for count in captions.values()] == [24, 24, 16]
-    for name in ("epoch/index", "epoch/num_captions", "epoch/num_segments", "epoch/kept_tokens"):
-        assert logged(broken, name) == logged(straight, name)
-    for name in ("model", "ema", "optimizer"):
-        one, other = (newest_checkpoint(run) / f"{name}.safetensors" for run in (straight, broken))
-        assert one.read_bytes() == other.read_bytes(), name
-
-
-def stage_two(run_dir: Path, *callbacks: dict) -> list[str]:
-    """Compose a fit of the flagship's reward recipe, tiny."""
-    configs = Path(__file__).parents[2] / "configs"
-    scenes = {"world": "2x2", "num_train": 12, "num_val": 4, "root": str(run_dir.parent / "scenes")}
-    return [
-        "fit", f"--config={configs / 'longsd.yaml'}",
-        f"--config={configs / 'debug' / 'longsd_tiny.yaml'}",
-        "--allow_import=toy_house", "--ckpt_path=auto", f"--run_dir={run_dir}",
-        f"--data.init_args.scenes={json.dumps(scenes)}", "--trainer.max_steps=4",
-        f"--trainer.callbacks={json.dumps(callbacks)}", "--data.init_args.global_batch_size=2",
-        "--data.init_args.val_batch_size=2",
-        "--checkpoint.every_n_steps=2", "--checkpoint.overwrite=false",
-    ]  # fmt: skip
-
-
-def test_stage_two_resumes_bit_identically_after_a_kill(server, tmp_path):
-    # The moving average of the common direction, the best checkpoint and the trained steps go on.
-    log = tmp_path / "log.txt"
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    server.start(stage_two(straight), log)
-    assert server.wait() == 0, log.read_text()
-    kill = {"class_path": "toy_house.Kill", "init_args": {"at_step": 3}}
-    server.start(stage_two(broken, kill), log)
-    assert server.wait() == -signal.SIGKILL
-    assert newest_checkpoint(broken).name == "step-00000002"
-    server.start(stage_two(broken), log)
-    assert server.wait() == 0, log.read_text()
-    assert len(logged(straight, "train/loss")) == 4
-    names = ("train/loss", "train/reward/common_share", "train/offset", "train/grad_norm")
-    for name in (*names, "val/held_out/pickscore", "val/reward_mean"):
-        assert logged(broken, name) == logged(straight, name), name
-    for name in ("model", "optimizer", "extra"):
-        one, other = (newest_checkpoint(run) / f"{name}.safetensors" for run in (straight, broken))
-        assert one.read_bytes() == other.read_bytes(), name
-    assert read_best(broken) == read_best(straight)
+@pytest.mark.parametrize("breaker", list(BROKEN), ids=lambda breaker: breaker.__name__)
+def test_a_broken_resume_is_caught(spoilt, breaker):
+    chain = spoilt[breaker.__name__]
+    assert not chain.trouble, chain.repeat()
+    with pytest.raises(AssertionError):
+        check_nothing_changed(chain)

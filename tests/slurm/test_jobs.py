@@ -120,13 +120,13 @@ def test_runs_in_the_queue_are_not_submitted_again_and_can_be_cancelled(
     assert third.job_id == f"{first.job_id}_0, {first.job_id}_1, {second.job_id}_0"
     wait(lambda: lives(runs[0]) and lives(runs[1]))
     assert len(job_processes()) >= 4
-    assert cancel_jobs(study.folder) == 3
+    assert len(cancel_jobs(study.folder)) == 3
     assert queued_runs(study.folder) == {}
     assert job_processes() == []
     assert statuses(runs) == ["cancelled"] * 3
     assert read_state(runs[2].directory).attempt == 0
     assert [len(lives(run)) for run in runs] == [1, 1, 0]
-    assert cancel_jobs(study.folder) == 0
+    assert len(cancel_jobs(study.folder)) == 0
     # What has lived before takes no time.
     submit(study, runs[:2], program, [])
     wait(lambda: not queued_runs(study.folder))
@@ -180,10 +180,10 @@ def test_an_array_that_is_too_large_names_the_limit_and_a_value_that_fits(study,
     held = with_slurm(study, options=["--hold"])
     submit(held, runs[:8], program, [])
     assert len(queued_runs(study.folder)) == 8
-    assert cancel_jobs(study.folder) == 8
+    assert len(cancel_jobs(study.folder)) == 8
     held = with_slurm(study, options=["--hold"], runs_per_task=2)
     assert len(submit(held, runs, program, []).runs) == 9
-    assert cancel_jobs(study.folder) == 9
+    assert len(cancel_jobs(study.folder)) == 9
 
 
 def test_what_sbatch_refuses_is_told_in_one_line(study, program):
@@ -197,7 +197,7 @@ def test_what_sbatch_refuses_is_told_in_one_line(study, program):
     assert load_records(study.folder) == {}
     held = with_slurm(study, options=["--hold"])
     assert submit(held, runs, program, []).script.name == "001.sbatch"
-    assert cancel_jobs(study.folder) == 1
+    assert len(cancel_jobs(study.folder)) == 1
 
 
 def test_a_job_whose_number_was_never_written_is_found_again(study, program, monkeypatch):
@@ -215,7 +215,7 @@ def test_a_job_whose_number_was_never_written_is_found_again(study, program, mon
     assert len(squeue("--array").splitlines()) == 2
     [record] = load_records(study.folder).values()
     assert f"{record.job_id}_0, {record.job_id}_1" == job.job_id
-    assert cancel_jobs(study.folder) == 2
+    assert len(cancel_jobs(study.folder)) == 2
 
 
 def test_a_submission_that_died_before_sbatch_is_made_again(study, program, monkeypatch):
@@ -227,7 +227,7 @@ def test_a_submission_that_died_before_sbatch_is_made_again(study, program, monk
             submit(held, runs, program, [])
     assert queued_runs(study.folder) == {}
     assert submit(held, runs, program, []).runs == (runs[0].directory,)
-    assert cancel_jobs(study.folder) == 1
+    assert len(cancel_jobs(study.folder)) == 1
 
 
 def test_a_job_that_the_cluster_has_forgotten_is_not_in_its_queue(study, program):
@@ -261,4 +261,4 @@ def test_a_cluster_that_does_not_answer_is_not_an_empty_queue(
             with pytest.raises(ClusterError, match=r"Unable to contact slurm controller.*unknown"):
                 command()
     assert len(queued_runs(study.folder)) == 1
-    assert cancel_jobs(study.folder) == 1
+    assert len(cancel_jobs(study.folder)) == 1

@@ -133,3 +133,22 @@ def test_cancel_leaves_no_process(tmp_path, toy_config, repository, wait, job_pr
     assert job_processes() == []
     assert queued_runs(study.folder) == {}
     assert set(study.statuses().values()) == {"cancelled"}
+
+
+def test_what_scancel_ends_does_not_put_itself_back(tmp_path, toy_config, repository, wait):
+    # It is saved at the signal that its supervisor hands on, as if its nodes were taken away.
+    held = tmp_path / "held"
+    study = StudyCommands(
+        tmp_path, repository / "main.py", toy_config, [once("HoldOnce", held, at_step=7, seed=0)]
+    )
+    study("run", "--slurm", *PERMISSIONS)
+    wait(Path(f"{held}-0").exists)
+    [job] = queued_runs(study.folder).values()
+    subprocess.run(["scancel", job.partition("_")[0]], check=True)
+    wait(lambda: not queued_runs(study.folder))
+    [state] = study.states().values()
+    assert (state.status, state.attempt) == ("preempted", 1)
+    study("resume")
+    wait(lambda: not queued_runs(study.folder))
+    [state] = study.states().values()
+    assert (state.status, state.attempt) == ("done", 2)

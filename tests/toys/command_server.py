@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from typing import Any
 
 NEVER_ENDED = 1000
@@ -83,6 +84,8 @@ def obey(order: dict[str, Any]) -> None:
             module, _, function = name.rpartition(".")
             getattr(importlib.import_module(module), function)()
         code = main.main(order["start"])
+    except BaseException:  # noqa: BLE001 - os._exit would hide it
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

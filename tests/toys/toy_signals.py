@@ -10,7 +10,7 @@ import toy_house
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
-MOMENTS = ("fit_start", "step", "validation", "validation_epoch_end")
+MOMENTS = ("fit_start", "step", "validation", "validation_epoch_end", "save")
 
 
 class Signal(Callback):
@@ -49,6 +49,9 @@ class Signal(Callback):
 
     def on_validation_epoch_end(self, trainer, pl_module):
         self.send(trainer, "validation_epoch_end")
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.send(trainer, "save")
 
 
 class SlowEnd(Callback):

@@ -16,14 +16,13 @@ from segalign.run_directory import (
     describe_files,
     list_checkpoints,
     newest_checkpoint,
-    prune_checkpoints,
     read_best,
-    remove_stale,
     resolve_checkpoint,
     stored_step,
     write_best,
 )
 from segalign.run_start import clear_superseded
+from segalign.run_tidying import prune_checkpoints, remove_stale
 
 
 def make_checkpoint(run_dir: Path, step: int) -> Path:
@@ -168,3 +167,28 @@ def test_going_back_forgets_a_best_that_goes(run_dir, best, left, delete):
     found = read_best(run_dir)
     assert (found and found.step) == left
     assert list_checkpoints(run_dir) == [start]
+
+
+def test_pruning_counts_only_whole_ones(run_dir):
+    paths = [make_checkpoint(run_dir, step) for step in (1, 2, 3, 4)]
+    for damaged in paths[2:]:
+        (damaged / "state.json").write_text("")
+    prune_checkpoints(run_dir, 2)
+    assert list_checkpoints(run_dir) == paths
+    paths.append(make_checkpoint(run_dir, 5))
+    prune_checkpoints(run_dir, 2)
+    assert list_checkpoints(run_dir) == paths[1:]
+
+
+def test_every_reader_finds_a_checkpoint_whose_replacement_was_cut_off(run_dir):
+    path = make_checkpoint(run_dir, 3)
+    write_record(run_dir, 3)
+    for read in (newest_checkpoint, best_checkpoint, lambda run: resolve_checkpoint(path)):
+        path.rename(temporary_sibling(path, ".replaced-"))
+        assert read(run_dir) == path
+
+
+def test_a_record_without_the_state_is_none(run_dir):
+    path = make_checkpoint(run_dir, 3)
+    (path / "meta.json").write_text('{"format_version": 1, "files": {}}')
+    assert newest_checkpoint(run_dir) is None

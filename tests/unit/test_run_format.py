@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from segalign import run_format
-from segalign.errors import DataError, StorageError
+from segalign.errors import DataError, FullDiskError, StorageError
 from segalign.run_directory import newest_checkpoint, verify_checkpoint
 from segalign.run_format import load_checkpoint, read_tensors, save_checkpoint
 
@@ -191,7 +191,7 @@ def test_a_failed_safetensors_write_is_a_storage_error(tmp_path, monkeypatch):
         raise run_format.SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(run_format, "save_file", fail)
-    with pytest.raises(StorageError, match="os error 28"):
+    with pytest.raises(FullDiskError, match="/c`; got: No space left on device"):
         save_checkpoint(make_tree(), tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,7 @@
 import os
 import pickle
 import struct
+import zipfile
 
 import pytest
 import torch
@@ -81,3 +82,18 @@ def test_plain_tensors_are_dense_and_hold_numbers():
     dense = torch.eye(2)
     items = [dense, dense.int(), dense.to_sparse(), dense.to("meta"), 3]
     assert [is_plain_tensor(item) for item in items] == [True, True, False, False, False]
+    repeated = torch.ones(1).expand(2**40)
+    views = [torch.arange(7).expand(1, -1), torch.eye(4)[1:, ::2], torch.eye(4).T, torch.ones(0)]
+    assert not is_plain_tensor(repeated)
+    assert all(map(is_plain_tensor, views))
+
+
+def test_a_compressed_archive_is_refused(path):
+    torch.save([torch.zeros(2**16)], path)
+    read_tensor_pickle(path, expected="a thing", remedy="choose another")
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    assert "a damaged or foreign file (ValueError)" in refused(path)

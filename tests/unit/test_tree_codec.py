@@ -6,6 +6,7 @@ from pathlib import PurePath
 import pytest
 import torch
 
+from segalign.errors import DataError
 from segalign.tree_codec import decode_tree, encode_tree
 
 
@@ -80,3 +81,30 @@ def test_other_types_are_refused_by_their_place(tree, message):
 def test_unknown_tags_are_refused():
     with pytest.raises(ValueError, match=r"unknown tag `\$evil`"):
         decode_tree({"$evil": 1}, {})
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"$tensor": 5},
+        {"$tensor": ["model", "gone"]},
+        {"$tensor": [[], {}]},
+        {"$float": [1]},
+        {"$float": "x"},
+        {"$tuple": 3},
+        {"$dict": [1]},
+        {"$dict": [[[], 1]]},
+        {"$counter": [[{}, 1]]},
+    ],
+)
+def test_a_foreign_document_is_refused_in_a_line(document):
+    with pytest.raises(DataError, match=r"^expected state as a run stores it.*; got .*; choose"):
+        decode_tree({"a": [document]}, {})
+
+
+def test_nesting_beyond_the_interpreter_is_refused():
+    document = []
+    for _ in range(100_000):
+        document = [document]
+    with pytest.raises(DataError, match="too deep"):
+        decode_tree(document, {})

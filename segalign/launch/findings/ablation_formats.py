@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from segalign.csv_text import plain_cell
 from segalign.launch.findings.ablation import AblationTable, Interval
 from segalign.launch.findings.ablation_text import Amount, CellText, RowText, TableText, table_text
 
@@ -66,7 +67,13 @@ def to_csv(table: AblationTable) -> str:
         counts = (row.num_runs, row.num_done, row.num_failed)
         for metric in table.metrics:
             cell = row.cells[metric.name]
-            own = (row.label, row.label == table.base_label, metric.name, metric.mode, metric.at)
+            own = (
+                plain_cell(row.label),
+                row.label == table.base_label,
+                metric.name,
+                metric.mode,
+                metric.at,
+            )
             writer.writerow([*own, *counts, *_numbers(cell.interval), *_numbers(cell.difference)])
     return text.getvalue()
 
@@ -89,7 +96,13 @@ def to_runs_csv(table: AblationTable) -> str:
     writer.writerow(_FIELDS)
     for row in table.rows:
         for run in row.runs:
-            own = (row.label, row.label == table.base_label, run.seed, run.run_id, run.status)
+            own = (
+                plain_cell(row.label),
+                row.label == table.base_label,
+                run.seed,
+                run.run_id,
+                run.status,
+            )
             for metric in table.metrics:
                 value = row.cells[metric.name].by_seed.get(run.seed, "")
                 writer.writerow([*own, metric.name, metric.mode, metric.at, value])

@@ -40,23 +40,27 @@ def standing(seen: ObservedRun | None) -> str:
     return text
 
 
-def unknown_line(study: Study, name: str, known: Sequence[str]) -> str:
+def unknown_line(study: Study, name: str, known: Sequence[str], key: str = "metrics") -> str:
     """Say that no finished run has a metric, and what comes near.
 
     Args:
         study: The study.
         name: The metric's.
         known: Names that finished runs have numbers of.
+        key: Part of the study that names it.
     """
-    if name in known:
+    is_curve = key != "metrics"
+    if name in known and not is_curve:
         got = f"it is logged, but not at `{_at(study, name)}`"
         cure = "choose another `at`, or set `checkpoint.monitor`"
     else:
         near = get_close_matches(name, known, _NUM_NEAR) or sorted(known)[:_NUM_NEAR]
         names = ", ".join(f"`{one}`" for one in near)
         got = f"near it are {names}" if near else "they log nothing"
-        cure = "correct `metrics`"
-    if name.startswith(TEST_PREFIX) and "test" not in study.stages:
+        cure = f"correct `{key}`"
+    if name.startswith(TEST_PREFIX) and is_curve:
+        cure = "curves are of training: name `train/...` or `val/...`"
+    elif name.startswith(TEST_PREFIX) and "test" not in study.stages:
         cure = "add `test` to `stages`"
     return (
         f"expected a metric that runs of `{study.name}` log; no finished run has `{name}`: {got}; "

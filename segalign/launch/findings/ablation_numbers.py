@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 from segalign.errors import ConfigError, DataError
@@ -10,11 +9,11 @@ from segalign.launch.findings.ablation import AblationCell, AblationRow, Ablatio
 from segalign.launch.findings.ablation_notes import (
     reading_notes,
     standing,
-    unknown_line,
     what_numbers_are,
 )
 from segalign.launch.findings.intervals import mean_interval, paired_difference
 from segalign.launch.findings.run_metrics import RunNumbers
+from segalign.launch.findings.unknown_names import unknown_metrics
 from segalign.launch.plan import Plan, PlannedRun, unique_runs
 from segalign.launch.running.observing import ObservedRun
 from segalign.launch.running.run_state import FINISHED, RunStatus
@@ -26,8 +25,7 @@ def make_table(study: Study, plan: Plan, observed: Sequence[ObservedRun]) -> Abl
     """Set out all variants of a study by its metrics.
 
     Values are those of finished runs. A run that two variants share counts in both. A metric that
-    no finished run has leaves a column without numbers, and a line in ``unknown``: see
-    `unknown_metrics`.
+    no finished run has leaves a column without numbers, and a line in ``unknown``.
 
     Args:
         study: The study; its metrics are the columns.
@@ -47,7 +45,7 @@ def make_table(study: Study, plan: Plan, observed: Sequence[ObservedRun]) -> Abl
         if run.run_id in seen and seen[run.run_id].status in FINISHED
     }
     readings = {metric.name: _read(metric, runs, finished) for metric in study.metrics}
-    unknown = _unknown(study, readings, finished)
+    unknown = unknown_metrics(study, finished.values())
     builder = _Rows(plan, seen, readings, set(unknown))
     rows = [builder.row(label) for label in plan.labels]
     return AblationTable(
@@ -58,11 +56,6 @@ def make_table(study: Study, plan: Plan, observed: Sequence[ObservedRun]) -> Abl
         notes=reading_notes(study, plan.base_label, rows),
         unknown=unknown,
     )
-
-
-def unknown_metrics(table: AblationTable) -> list[str]:
-    """List a line for each metric that no finished run has, for a `ConfigError`."""
-    return list(table.unknown.values())
 
 
 class _Readings(dict[str, float]):
@@ -175,24 +168,6 @@ class _Rows:
     def _status(self, run: PlannedRun) -> RunStatus:
         seen = self._seen.get(run.run_id)
         return RunStatus.PENDING if seen is None else seen.status
-
-
-def _unknown(
-    study: Study, readings: Mapping[str, _Readings], finished: Mapping[str, RunNumbers]
-) -> dict[str, str]:
-    """Say which metrics no finished run has, and which near ones they do have."""
-    missing = [name for name, found in readings.items() if not found and not found.errors]
-    if not finished or not missing:
-        return {}
-    known = list(dict.fromkeys(chain.from_iterable(map(_names, finished.values()))))
-    return {name: unknown_line(study, name, known) for name in missing}
-
-
-def _names(numbers: RunNumbers) -> list[str]:
-    try:
-        return numbers.names()
-    except DataError:  # the cells of another metric say so
-        return []
 
 
 def _refuse_twice(names: Sequence[str]) -> None:

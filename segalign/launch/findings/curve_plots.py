@@ -39,6 +39,11 @@ class VariantCurves:
     finished: Sequence[Mapping[int, float]]
     others: Sequence[Mapping[int, float]]
 
+    @property
+    def has_band(self) -> bool:
+        """Whether there are enough seeds for a band; fewer are drawn one by one."""
+        return len(self.finished) >= _MIN_BAND
+
 
 def draw_curves(
     curves: Mapping[str, Mapping[str, VariantCurves]], styles: Mapping[str, VariantStyle]
@@ -67,6 +72,18 @@ def draw_curves(
         axes.remove()
     add_key(figure, drawn, with_lines=True)
     return figure
+
+
+def describe_curves(curves: Mapping[str, Mapping[str, VariantCurves]]) -> str:
+    """Say what the lines of `draw_curves` are, for those who do not see them."""
+    drawn = [one for variants in curves.values() for one in variants.values()]
+    if any(one.has_band for one in drawn):
+        text = "mean of each variant and its 95 % band over seeds"
+        is_whole = all(one.has_band and not one.others for one in drawn)
+        return text if is_whole else f"{text}; thin lines are single runs"
+    if any(len(one.finished) > 1 for one in drawn):
+        return "mean of each variant; thin lines are single runs"
+    return "single runs of each variant"
 
 
 def mean_curve(curves: Sequence[Mapping[int, float]]) -> dict[int, Interval]:
@@ -105,8 +122,7 @@ def _draw_variant(
 ) -> float | None:
     """Draw a variant, and return the height of its line's end."""
     means = mean_curve(variant.finished)
-    has_band = len(variant.finished) >= _MIN_BAND
-    thin = [*variant.others, *(() if has_band else variant.finished)]
+    thin = [*variant.others, *(() if variant.has_band else variant.finished)]
     for curve in thin:
         axes.plot([*curve], [*curve.values()], style.dash, color=style.colour, lw=0.7, alpha=0.6)
     if not means:
@@ -117,7 +133,7 @@ def _draw_variant(
         [*means], heights, style.dash, color=style.colour, lw=style.width, marker=marker, ms=3,
         zorder=3 if style.is_base else 2,
     )  # fmt: skip
-    if has_band:
+    if variant.has_band:
         low, high = ([getattr(one, end) for one in means.values()] for end in ("low", "high"))
         axes.fill_between([*means], low, high, color=style.colour, alpha=shade, lw=0)
     return heights[-1]

@@ -1,6 +1,5 @@
 """What the test of a run has left for people to look at: images, and what is known of them."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from PIL import Image
 from segalign.errors import DataError
 from segalign.evaluation.result import EvaluationResult
 from segalign.evaluation.result_folder import LINES_FILE, RESULT_FILE, image_files
+from segalign.json_text import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def _records(path: Path, places: Iterable[int]) -> dict[int, Mapping[str, Any]]:
 
 
 def _record(line: str, place: int) -> Mapping[str, Any]:
-    record: dict[str, Any] = json.loads(line)
+    record: dict[str, Any] = parse_json(line)
     if record["place"] != place:
         raise ValueError("places are not in their order")
     return {**record, "caption": str(record["caption"]), "sample_id": int(record["sample_id"])}

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from segalign.errors import ConfigError
 from segalign.launch.findings.ablation import AblationTable
-from segalign.launch.findings.curve_plots import VariantCurves, draw_curves
+from segalign.launch.findings.curve_plots import VariantCurves, describe_curves, draw_curves
 from segalign.launch.findings.effect_plots import (
     draw_differences,
     draw_main_effects,
@@ -19,6 +19,11 @@ from segalign.launch.findings.effect_plots import (
 )
 from segalign.launch.findings.main_effects import ARM_AXIS, MainEffect, main_effect, points_of
 from segalign.launch.findings.pareto_plots import draw_pareto, pareto_points
+from segalign.launch.findings.plot_fonts import (
+    ChosenFonts,
+    choose_fonts,
+    without_glyph_warnings,
+)
 from segalign.launch.findings.run_metrics import TEST_PREFIX, RunNumbers
 from segalign.launch.findings.variant_styles import VariantStyle, variant_styles
 from segalign.launch.plan import Plan, unique_runs
@@ -47,10 +52,10 @@ class StudyPlot:
         """Return the picture as a file, the same bytes each time."""
         content = io.BytesIO()
         dates = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
-        # Laid out once: a layout that starts from the last one differs from it in a hair.
-        self.figure.draw_without_rendering()
-        self.figure.set_layout_engine("none")
-        with rc_context({"svg.hashsalt": self.stem}):
+        with rc_context({"svg.hashsalt": self.stem}), without_glyph_warnings():
+            # Laid out once: a layout that starts from the last one differs from it in a hair.
+            self.figure.draw_without_rendering()
+            self.figure.set_layout_engine("none")
             self.figure.savefig(content, format=suffix, dpi=_DPI, metadata=dates[suffix])
         return content.getvalue()
 
@@ -73,14 +78,24 @@ def draw_study(
         ConfigError: If a pair names what is no metric of the study.
     """
     styles = variant_styles(table)
-    plots = [
-        _curves(study, plan, observed, styles),
-        _effects(study, plan, table),
-        _samples(study, plan, table),
-        _differences(table, styles),
-        *(_pareto(study, table, pair, styles) for pair in study.plots.pareto),
-    ]
+    with fonts_of(study, table).used():
+        plots = [
+            _curves(study, plan, observed, styles),
+            _effects(study, plan, table),
+            _samples(study, plan, table),
+            _differences(table, styles),
+            *(_pareto(study, table, pair, styles) for pair in study.plots.pareto),
+        ]
     return {plot.stem: plot for plot in plots if plot is not None}
+
+
+def fonts_of(study: Study, table: AblationTable) -> ChosenFonts:
+    """Find fonts for all that the plots of a study say."""
+    axes = [axis.label for axis in study.axes]
+    axes += [level.label for axis in study.axes for level in axis.levels]
+    metrics = [text for metric in table.metrics for text in (metric.name, metric.label)]
+    rows = [row.label for row in table.rows]
+    return choose_fonts([*axes, *metrics, *rows, *(study.plots.curves or ())])
 
 
 def _curves(
@@ -109,7 +124,7 @@ def _curves(
                 )
     if not curves:
         return None
-    alt = f"{', '.join(curves)} over training: mean of each variant and its 95 % band over seeds"
+    alt = f"{', '.join(curves)} over training: {describe_curves(curves)}"
     return StudyPlot("curves", alt, draw_curves(curves, styles))
 
 

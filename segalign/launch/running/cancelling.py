@@ -27,14 +27,14 @@ _PATIENCE: Final = 30.0  # seconds; a checkpoint may be on its way
 _KILL_PATIENCE: Final = 10.0  # seconds
 
 
-def cancel_local(runs: Sequence[PlannedRun]) -> int:
+def cancel_local(runs: Sequence[PlannedRun]) -> list[Path]:
     """Stop runs, and keep those from starting that wait; finished runs stay as they are.
 
     All of a run's processes on this machine are gone when this returns. Its supervisor on another
     machine, or a job that a cluster starts later, finds the request and stops by itself.
 
     Returns:
-        How many runs were running here.
+        Directories of the runs that were running here.
 
     Raises:
         StorageError: If it cannot be written down; processes are gone all the same.
@@ -42,14 +42,14 @@ def cancel_local(runs: Sequence[PlannedRun]) -> int:
     open_runs = [one for one in observe(unique_runs(runs)) if one.status not in FINISHED]
     troubles = _request(open_runs)
     directories = [one.run.directory for one in open_runs]
-    num_running = sum(_runs_here(one) for one in open_runs)
+    running = [one.run.directory for one in open_runs if _runs_here(one)]
     _end_processes(directories)
     for directory in directories:
         with contextlib.suppress(SegalignError):
             _write_down(directory)
     if troubles:
         raise troubles[0]
-    return num_running
+    return running
 
 
 def _runs_here(observed: ObservedRun) -> bool:

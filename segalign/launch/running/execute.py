@@ -11,6 +11,7 @@ from segalign.errors import ConfigError, PreemptedError
 from segalign.launch.running.attempt import Attempt, begun
 from segalign.launch.running.cancel_request import is_cancel_requested
 from segalign.launch.running.heartbeat import DEFAULT_SECONDS, beats_on
+from segalign.launch.running.recorded_config import check_recorded
 from segalign.launch.running.run_claim import Claim, claim_attempt, newest_claim
 from segalign.launch.running.run_folder import config_file
 from segalign.launch.running.run_lock import PATIENCE, RunHeldError, held_elsewhere, run_lock
@@ -121,6 +122,8 @@ class _Command:
                 f"expected the config of stage `{stage}` in `{config}`; got no file. "
                 "`python main.py sweep run STUDY` writes it."
             )
+        if stage == "fit":
+            check_recorded(self.run_dir, config)
         return [*self.launcher, *self.program, stage, "--config", str(config), *self.options]
 
 

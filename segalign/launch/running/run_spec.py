@@ -1,12 +1,15 @@
 """Which configs a run directory belongs to. Pure standard library."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from segalign.errors import ConfigError
+from segalign.json_text import parse_json
 from segalign.launch.running.run_folder import SPEC_FILE, sweep_folder
+
+# Where a run is and how it is stopped is no part of what it is.
+NOT_HASHED: Final = ("run_dir", "preemption", "hang_watch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,7 @@ class RunSpec:
 def read_spec(run_dir: Path) -> RunSpec | None:
     """Read what a run directory is for; None if it cannot be told."""
     try:
-        content: dict[str, Any] = json.loads((sweep_folder(run_dir) / SPEC_FILE).read_bytes())
+        content: dict[str, Any] = parse_json((sweep_folder(run_dir) / SPEC_FILE).read_bytes())
         steps = content.get("max_steps")
         return RunSpec(
             run_id=str(content["run_id"]),

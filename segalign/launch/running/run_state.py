@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from segalign.atomic import write_text_atomic
+from segalign.json_text import parse_json
 from segalign.launch.running.run_folder import STATE_FILE, sweep_folder
 
 
@@ -64,7 +65,7 @@ class RunState:
 def read_state(run_dir: Path) -> RunState | None:
     """Read a run's state; None if it was never started, or the file cannot be read."""
     try:
-        content: dict[str, Any] = json.loads((sweep_folder(run_dir) / STATE_FILE).read_bytes())
+        content: dict[str, Any] = parse_json((sweep_folder(run_dir) / STATE_FILE).read_bytes())
         stages = tuple(content.pop("stages_done"))
         status = RunStatus(content.pop("status"))
         return RunState(**content, status=status, stages_done=stages)

@@ -45,11 +45,22 @@ def summary(observed: Sequence[ObservedRun]) -> str:
 
 
 def failure_lines(observed: Sequence[ObservedRun]) -> list[str]:
-    """Say in full why runs have failed or died, and which log tells more; one line for each.
+    """Say in full why runs have failed or died, and which log tells more; one line for each reason.
 
     So does a run that was stopped and could not be put back into the queue.
     """
-    return [f"{describe_change(one)}{_log(one)}" for one in observed if _is_wrong(one)]
+    alike: dict[str, list[ObservedRun]] = {}
+    for one in observed:
+        if _is_wrong(one):
+            # Runs fail of one reason, each with its own directory in it.
+            reason = _note(one).replace(str(one.run.directory), "").replace(one.run.run_id, "")
+            alike.setdefault(f"{one.status}: {reason}", []).append(one)
+    return [_failure_line(group) for group in alike.values()]
+
+
+def num_failed(observed: Sequence[ObservedRun]) -> int:
+    """Count the runs that `failure_lines` tells of."""
+    return sum(map(_is_wrong, observed))
 
 
 def describe_change(observed: ObservedRun) -> str:
@@ -69,6 +80,14 @@ def describe_seconds(seconds: float) -> str:
     if seconds < 48 * 3600:
         return f"{seconds / 3600:.0f} h"
     return f"{seconds / 86400:.0f} days"
+
+
+def _failure_line(group: Sequence[ObservedRun]) -> str:
+    first, others = group[0], len(group) - 1
+    line = describe_change(first)
+    if others:
+        line = f"{line.rstrip('.')}; the same for {others} more run{'s' if others > 1 else ''}."
+    return f"{line}{_log(first)}"
 
 
 def _is_wrong(one: ObservedRun) -> bool:

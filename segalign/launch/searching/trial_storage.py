@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from segalign.atomic import make_directory, write_text_atomic
 from segalign.errors import ConfigError, DataError, SegalignError, StorageError
+from segalign.json_text import parse_json
 from segalign.launch.running.run_folder import sweep_folder
 from segalign.launch.study import Study
 
@@ -146,7 +147,7 @@ def write_trial(run_dir: Path, record: TrialRecord) -> None:
 def read_trial(run_dir: Path) -> TrialRecord | None:
     """Read which trial a run is; None if it is none, or the file cannot be read."""
     try:
-        return TrialRecord(**json.loads((sweep_folder(run_dir) / TRIAL_FILE).read_bytes()))
+        return TrialRecord(**parse_json((sweep_folder(run_dir) / TRIAL_FILE).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -5,10 +5,13 @@ Pure standard library. Nothing here raises: what cannot be done is told in the o
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _TIMEOUT = 60.0  # seconds; a busy controller may take tens of them
+_LOOK_TIMEOUT = 10.0  # seconds; a job that is being ended has few of them
+# How `squeue` writes that a job has no end, or no time left.
+_NO_TIME = ("", "NONE", "N/A", "Unknown", "0:00", "INVALID")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,8 @@ def requeue(max_requeues: int, environment: Mapping[str, str] | None = None) -> 
     """Ask SLURM to end this job and to start it again later.
 
     SLURM then ends the job with SIGTERM and, if that does not help, SIGKILL: ask only when all is
-    saved, and once for each job, not on every rank.
+    saved, and once for each job, not on every rank. A job that somebody cancels with ``scancel``
+    stays away, though its processes get the same signals as those of one that is taken back.
 
     Args:
         max_requeues: How often the job may be put back, counted over its whole life.
@@ -52,6 +56,8 @@ def requeue(max_requeues: int, environment: Mapping[str, str] | None = None) -> 
     if done >= max_requeues:
         reason = f"it has been {done} times, and {max_requeues} are allowed"
         return RequeueOutcome(job=job, requeued=False, reason=reason)
+    if _is_cancelled(job, variables):
+        return RequeueOutcome(job=job, requeued=False, reason="it was cancelled")
     failure = _ask(job, variables)
     return RequeueOutcome(job=job, requeued=failure is None, reason=failure or "")
 
@@ -74,19 +80,27 @@ def restart_count(environment: Mapping[str, str]) -> int:
     return int(count) if count.isdecimal() else 0
 
 
+def _is_cancelled(job: str, environment: Mapping[str, str]) -> bool:
+    """Say whether SLURM is ending a job for good, which a requeue would undo.
+
+    One that is cancelled has an end, and time left until its limit. One that is taken back, and is
+    ending too, has no end; one whose time is over has none left.
+    """
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T|%e|%L"]
+    try:
+        completed = _call(command, environment, _LOOK_TIMEOUT)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return False
+    state, end, left = (*completed.stdout.strip().split("|"), "", "", "")[:3]
+    if completed.returncode != 0 or state not in ("CANCELLED", "COMPLETING"):
+        return False
+    return state == "CANCELLED" or (end not in _NO_TIME and left not in _NO_TIME)
+
+
 def _ask(job: str, environment: Mapping[str, str]) -> str | None:
     """Call ``scontrol``; return why it failed, in one line, or None."""
     try:
-        completed = subprocess.run(  # noqa: S603
-            ["scontrol", "requeue", job],  # noqa: S607
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TIMEOUT,
-            check=False,
-        )
+        completed = _call(["scontrol", "requeue", job], environment, _TIMEOUT)
     except FileNotFoundError:
         return "`scontrol` is not on the PATH"
     except subprocess.TimeoutExpired:
@@ -97,3 +111,18 @@ def _ask(job: str, environment: Mapping[str, str]) -> str | None:
         return None
     said = " ".join((completed.stderr or completed.stdout).split())
     return f"`scontrol` ended with code {completed.returncode}: {said or 'it said nothing'}"
+
+
+def _call(
+    command: Sequence[str], environment: Mapping[str, str], seconds: float
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603
+        command,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=seconds,
+        check=False,
+    )

@@ -189,23 +189,23 @@ def queued_runs(folder: Path) -> dict[Path, str]:
     return queued
 
 
-def cancel_jobs(folder: Path) -> int:
+def cancel_jobs(folder: Path) -> list[Path]:
     """End all jobs of a study, and wait until nothing of them runs.
 
     Runs of theirs that have not ended become ``cancelled``.
 
     Returns:
-        How many runs did.
+        Directories of the runs that did.
 
     Raises:
         ClusterError: If the cluster does not answer, or does not end the jobs in three minutes.
     """
     if not load_records(folder):
-        return 0
+        return []
     with jobs_lock(folder):
         queued = queued_runs(folder)
         if not queued:
-            return 0
+            return []
         is_open = {run: not _has_ended(read_state(run)) for run in queued}
         for run in queued:
             if is_open[run]:
@@ -218,7 +218,7 @@ def cancel_jobs(folder: Path) -> int:
                 if record.job_id in ids
             }
         )
-    return sum(_mark_cancelled(run, job_id, is_open[run]) for run, job_id in queued.items())
+    return [run for run, job_id in queued.items() if _mark_cancelled(run, job_id, is_open[run])]
 
 
 def _end_jobs(scripts: Mapping[str, Path]) -> None:

@@ -24,6 +24,7 @@ from typing import Self
 
 from segalign.atomic import make_directory, storage_errors, write_text_atomic
 from segalign.errors import DataError
+from segalign.json_text import parse_json
 from segalign.launch.running.run_lock import take_lock
 from segalign.launch.running.run_state import FINISHED, read_state
 from segalign.launch.slurm.slurm_commands import ClusterError
@@ -78,7 +79,7 @@ class JobRecord:
             DataError: If it cannot be read.
         """
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
             return cls(**{**content, "runs": tuple(content["runs"])})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(

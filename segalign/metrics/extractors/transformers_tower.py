@@ -5,7 +5,6 @@ Dims: B images, d features, S side of the input.
 Reference: arXiv 2401.09603.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, CLIPVisionModelWithProje
 from segalign.diffusion.network_files import check_whole, reading
 from segalign.formats.clip_scorer import load_clip_scorer
 from segalign.hub import fetch
+from segalign.json_text import parse_json
 from segalign.metrics.extractors.towers import Tower, check_patches
 from segalign.metrics.extractors.weight_files import digest_tensors
 
@@ -76,7 +76,7 @@ _Parts = tuple[nn.Module, Callable[[Tensor], Tensor], int, Any, Any]
 def _read(model: str, folder: Path) -> _Parts:
     """Read a tower: network, what pools it, its side, mean and deviation of colours."""
     with reading(_WHAT, folder):
-        kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
+        kind = parse_json((folder / "config.json").read_bytes()).get("model_type")
     return _read_clip(model) if kind == "clip" else _read_vision(folder, kind)
 
 

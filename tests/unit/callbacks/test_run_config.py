@@ -1,8 +1,10 @@
 import json
+import platform
 import subprocess
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from callbacks import run_config
@@ -13,7 +15,15 @@ from segalign.errors import StorageError
 @pytest.fixture
 def trainer(run_dir):
     return SimpleNamespace(
-        default_root_dir=str(run_dir), is_global_zero=True, world_size=2, fast_dev_run=False
+        default_root_dir=str(run_dir),
+        is_global_zero=True,
+        world_size=2,
+        fast_dev_run=False,
+        ckpt_path=None,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        num_devices=2,
+        num_nodes=1,
+        precision="32-true",
     )
 
 
@@ -39,6 +49,41 @@ def test_an_attempt_is_recorded(trainer, run_dir):
     assert only["seed"] == 3
     assert only["world_size"] == 2
     assert set(only["versions"]) >= {"python", "torch", "lightning", "diffusers", "segalign"}
+    assert only["host"] == platform.node()
+    assert only["device"]["kind"] == "cpu"
+    assert (only["device"]["per_node"], only["device"]["nodes"]) == (2, 1)
+    assert only["checkpoint"] is None
+    assert set(only["git"]) == {"commit", "dirty"}
+
+
+def test_all_seeds_and_allowed_changes_are_recorded(trainer, run_dir):
+    trainer.ckpt_path = run_dir / "checkpoints" / "step-00000002"
+    config = {
+        "seed_everything": 3,
+        "data": {"init_args": {"seed": 4, "scenes": [{"noise_seed": 5}], "seeded": True}},
+        "checkpoint": {"allow_changes": ["model.init_args.width"]},
+    }
+    writer = RunConfigWriter(config, ["fit"], [])
+    writer.setup(trainer, None, "fit")
+    writer.on_fit_start(trainer, None)
+    (only,) = record(run_dir)
+    assert only["seeds"] == {
+        "seed_everything": 3,
+        "data.init_args.seed": 4,
+        "data.init_args.scenes.0.noise_seed": 5,
+    }
+    assert only["allowed_changes"] == ["model.init_args.width"]
+    assert only["checkpoint"].endswith("/checkpoints/step-00000002")
+
+
+def test_what_killed_writers_left_is_removed(trainer, run_dir):
+    run_dir.mkdir()
+    for name in ("run.json", "config.yaml"):
+        (run_dir / f".{name}.tmp-0123456789ab").write_text("{")
+    other = run_dir / ".state.json.tmp-0123456789ab"  # its writer may be at work
+    other.write_text("{")
+    attempt(trainer, {})
+    assert sorted(run_dir.iterdir()) == [other, run_dir / "config.yaml", run_dir / "run.json"]
 
 
 def test_only_a_changed_config_is_written_again(trainer, run_dir):

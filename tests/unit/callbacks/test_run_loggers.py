@@ -1,11 +1,16 @@
 import csv
+import errno
+import logging
+import os
 
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.run_loggers import RunCSVLogger, run_loggers
-from segalign.errors import StorageError
+from segalign import appended_file
+from segalign.appended_file import AppendedFile
+from segalign.errors import FullDiskError, StorageError
 
 
 def rows(logger: RunCSVLogger) -> list[dict[str, str]]:
@@ -74,3 +79,51 @@ def test_a_run_has_both_loggers_under_its_directory(tmp_path):
 def test_tensorboard_purges_what_a_resumed_run_repeats(tmp_path):
     assert run_loggers(tmp_path, "fit", 7)[0]._kwargs["purge_step"] == 7
     assert run_loggers(tmp_path, "fit", 0)[0]._kwargs["purge_step"] is None
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Let nothing be appended until it is called."""
+
+    class Full(AppendedFile):
+        def flush(self):
+            with appended_file.storage_errors(self.path, self.num_waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("callbacks.run_loggers.AppendedFile", Full)
+    return lambda: monkeypatch.setattr("callbacks.run_loggers.AppendedFile", AppendedFile)
+
+
+def test_rows_wait_while_the_disk_is_full(tmp_path, full_disk, caplog):
+    logger = RunCSVLogger(tmp_path)
+    logger.log_metrics({"a": 1}, 0)
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2):
+            logger.log_metrics({"a": 1}, step)
+    assert len(caplog.messages) == 1
+    assert "No space left on device (" in caplog.messages[0]
+    with pytest.raises(FullDiskError, match=r"metrics\.csv"):
+        logger.save()
+    with pytest.raises(FullDiskError):
+        logger.finalize("success")
+    logger.finalize("failed")  # the user has been told
+    assert [row["step"] for row in rows(logger)] == ["0"]
+    full_disk()
+    logger.log_metrics({"a": 1, "b": 2}, 3)
+    assert [row["step"] for row in rows(logger)] == ["0", "1", "2", "3"]
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, resume_step in ((0, 0), (3, 3)):
+        logger = run_loggers(tmp_path, "fit", resume_step)[0]
+        for step in range(first, 5):
+            logger.log_metrics({"loss": step + 10 * first}, step)
+        logger.save()
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        *((step, float(step)) for step in range(3)),
+        (3, 33.0),
+        (4, 34.0),
+    ]

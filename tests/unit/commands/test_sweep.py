@@ -3,7 +3,7 @@
 import pytest
 
 from segalign.commands import sweep
-from segalign.errors import ConfigError
+from segalign.errors import ConfigError, DataError
 
 
 def no_parser(allow_import):
@@ -77,3 +77,13 @@ def test_execute_hands_a_task_on(monkeypatch):
     arguments = ["execute", "--runs-file", "jobs/001.runs", "--task", "0", "--runs-per-task", "3"]
     assert sweep.run(arguments, no_parser, ("p", "m")) == 0
     assert (seen["runs_file"], seen["task"], seen["runs_per_task"]) == ("jobs/001.runs", 0, 3)
+
+
+@pytest.mark.parametrize("arguments", [("retry", "--failed"), ("resume",)])
+def test_what_was_never_started_is_told_before_where_to_start_it(tmp_path, arguments):
+    (tmp_path / "base.yaml").touch()
+    study = tmp_path / "study.yaml"
+    study.write_text(f"base: {tmp_path}/base.yaml\nfolder: {tmp_path}/folder\n")
+    command, *options = arguments
+    with pytest.raises(DataError, match=r"expected the plan .* has been started .*; got none"):
+        sweep.run([command, str(study), *options], no_parser, ("python", "main.py"))

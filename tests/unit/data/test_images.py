@@ -72,6 +72,16 @@ def test_small_images_are_enlarged(plain_image):
     assert decode_image(plain_image(size=(1, 1)), 8).shape == (8, 8, 3)
 
 
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (2, 50_001)])
+def test_strips_are_not_enlarged_as_a_whole(encode, size):
+    image = Image.new("L", size, 10)
+    centre = tuple(length // 2 for length in size)
+    image.paste(200, (centre[0] - 40, centre[1] - 40, centre[0] + 40, centre[1] + 40))
+    pixels = decode_image(encode(image), 512)
+    assert pixels.shape == (512, 512, 3)
+    assert pixels.min() == 200  # of the middle, not of an end
+
+
 def test_jpeg_is_decoded_at_a_reduced_scale(encode):
     gradient = np.linspace(0, 255, 512, dtype=np.uint8)
     image = Image.fromarray(np.stack([np.tile(gradient, (512, 1))] * 3, axis=-1))

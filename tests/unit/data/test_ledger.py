@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from segalign.data.ledger import REPORT_NAME, Ledger, write_report
+from segalign.data.ledger import REPORT_NAME, Ledger, describe, write_report
 from segalign.errors import DataError
 
 
@@ -15,6 +15,7 @@ def fault(row: int, reason: str = "checksum"):
         "detail": "d",
         "row": row,
         "epoch": 0,
+        "position": row,
     }
 
 
@@ -31,6 +32,7 @@ def test_accounts_add_up():
         "epoch": 0,
         "delivered": 2,
         "quarantined": {"checksum": 1},
+        "quarantined_by_shard": {"s.tar": 1},
         "manifest": 10,
         "earlier": 0,
         "not_reached": 7,
@@ -76,30 +78,43 @@ def test_doubled_and_lost_samples_are_noticed():
         astray.check_identity()
 
 
-def test_too_many_bad_samples_end_the_run():
-    ledger = Ledger(1000)
-    consume(ledger, list(range(295)), bad=(0, 1, 2, 3))
-    ledger.check_bad_fraction(0.01, strict=False)
-    consume(ledger, list(range(10)))
-    message = (
-        r"^at most 1.00% of the samples may be unreadable; 4 of 305 were, for example `s.tar` key "
-        r"`k` at byte 512: checksum \(d\); run `shards verify --decode`, then mend the shards or "
-        r"raise `max_bad_fraction`$"
-    )
-    with pytest.raises(DataError, match=message):
-        ledger.check_bad_fraction(0.01, strict=False)
-    ledger.check_bad_fraction(0.02, strict=False)
+def test_faults_are_kept_in_the_order_of_the_sequence_and_counted_to_the_last():
+    one, other = Ledger(4000), Ledger(4000)
+    for ledger, start in ((one, 0), (other, 1)):
+        for position in range(start, 2400, 2):
+            record = {**fault(0), "position": position}
+            ledger.consume([position], [0], [False], [record])
+    total = other.merged([one])
+    assert [record["position"] for record in total.records] == list(range(1000))
+    assert total.report()["faults_left_out"] == 1400
+    assert total.report() == one.merged([other]).report()
 
 
-def test_strict_ends_at_the_first():
-    ledger = Ledger(1000)
-    consume(ledger, [0])
-    ledger.check_bad_fraction(0.01, strict=True)
-    consume(ledger, [1], bad=(0,))
-    with pytest.raises(
-        DataError, match=r"at most no sample \(`strict`\) may be unreadable; 1 of 2"
-    ):
-        ledger.check_bad_fraction(0.01, strict=True)
+def test_counting_goes_on_where_it_was_left():
+    straight, first = Ledger(4), Ledger(4)
+    for ledger in (straight, first):
+        consume(ledger, [0, 1, 2], bad=(1,))
+    state = json.loads(json.dumps(first.state()))
+    second = Ledger.from_state(state)
+    for ledger in (straight, second):
+        consume(ledger, [3, 0], epoch=1, bad=(0,))
+    assert second.report() == straight.report()
+    assert second.state() == straight.state()
+
+
+def test_what_is_said_of_a_fault_is_one_line_that_can_be_printed():
+    record = {**fault(0), "key": "a\nb\x1b[31m\udc80" + 1000 * "x", "detail": "\u202e"}
+    line = describe(record)
+    assert line.isprintable()
+    assert line.startswith(r"`s.tar` key `a\nb\x1b[31m\udc80xxx")
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize("found", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
+def test_a_damaged_report_is_written_anew(tmp_path, found):
+    (tmp_path / REPORT_NAME).write_bytes(found)
+    write_report(tmp_path, {"train": Ledger(10)})
+    assert json.loads((tmp_path / REPORT_NAME).read_text())["train"]["manifest"] == 10
 
 
 def test_report_is_written(tmp_path):

@@ -145,6 +145,7 @@ def test_a_damaged_sample_keeps_its_slot(tmp_path, write_shards):
         "reason": "checksum",
         "row": row,
         "epoch": 0,
+        "position": row,
     }
 
 

@@ -1,3 +1,4 @@
+import io
 import logging
 import re
 import tarfile
@@ -143,3 +144,15 @@ def test_streams_of_images_need_a_size():
             samples_per_epoch=1,
             seed=0,
         )
+
+
+def test_members_named_as_fields_of_the_reader_change_nothing(tmp_path):
+    names = ("__padding__", "__fault__", "__index__", "__epoch__", "__position__", "txt")
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name in names:
+            info = tarfile.TarInfo(f"a.{name}")
+            info.size = 7
+            archive.addfile(info, io.BytesIO(b"caption"))
+    (batch,) = batches(tmp_path, 1)
+    assert batch["captions"] == ["caption"] * len(batch["captions"])
+    assert batch["valid"].all()

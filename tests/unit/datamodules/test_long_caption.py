@@ -9,6 +9,7 @@ import torch
 
 from datamodules.long_caption import LongCaptionDataModule
 from segalign.data.manifest import load_manifest, write_manifest
+from segalign.data.order import EpochOrder
 from segalign.data.scene_shards import ScenesShards
 from segalign.data.sources import to_png
 from segalign.data.tarfiles import ShardWriter
@@ -134,9 +135,39 @@ def test_a_resumed_run_continues_the_straight_run(tmp_path, num_workers):
     _, resumed = fit(data, 9, ckpt_path=tmp_path / "a.ckpt")
     assert resumed.train_ids == straight.train_ids[4:]
     report = json.loads((tmp_path / "data_report.json").read_text())["train"]
+    assert (report["first_position"], report["delivered"]) == (0, 36)
+    assert [epoch["delivered"] for epoch in report["epochs"]] == [11, 11, 11, 3]
+    assert not any(epoch["earlier"] for epoch in report["epochs"])
+
+
+@pytest.mark.parametrize("accounts", [None, {}, {"train": None}])
+def test_a_checkpoint_without_counts_counts_as_earlier(tmp_path, accounts):
+    shards = write_captions(tmp_path / "s", [7, 4])
+    trainer, _ = fit(captions_module(shards), 4)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    kept = stored["LongCaptionDataModule"]
+    if accounts is None:
+        del kept["accounts"]
+    elif "train" in accounts:  # of another place in the sequence
+        kept["accounts"]["train"]["epochs"][0][1] -= 1
+    else:
+        kept["accounts"] = accounts
+    torch.save(stored, tmp_path / "a.ckpt")
+    fit(captions_module(shards, report_dir=str(tmp_path)), 9, ckpt_path=tmp_path / "a.ckpt")
+    report = json.loads((tmp_path / "data_report.json").read_text())["train"]
     assert (report["first_position"], report["delivered"]) == (16, 20)
     assert report["epochs"][0]["epoch"] == 1
     assert report["epochs"][0]["earlier"] == 5
+
+
+def test_counts_that_make_no_sense_are_refused_in_one_line(tmp_path):
+    shards = write_captions(tmp_path / "s", [8])
+    data = captions_module(shards)
+    data.setup("fit")
+    data.load_state_dict({**data.state_dict(), "accounts": {"train": {"epochs": 3}}})
+    with pytest.raises(DataError, match=r"^expected the checkpoint's accounts of the data to be"):
+        next(iter(data.train_dataloader()))
 
 
 def test_short_epochs_of_the_trainer_go_on_in_the_sequence(tmp_path):
@@ -153,12 +184,26 @@ def test_overfitting_repeats_the_first_batch(tmp_path):
     assert module.train_ids[0] == module.train_ids[1] == module.train_ids[2]
 
 
+def sum_of_epoch(shards: str, epoch: int, count: int) -> int:
+    order = EpochOrder(load_manifest(Path(shards)).shard_sizes, seed=1)
+    start = epoch * order.num_samples
+    return sum(order.locate(position)[1] for position in range(start, start + count))
+
+
 def test_state_is_plain_numbers(tmp_path):
     shards = write_captions(tmp_path / "s", [7, 4])
     data = captions_module(shards)
     fit(data, 4)
     state = data.state_dict()
     digest = load_manifest(Path(shards)).digest
+    assert json.loads(json.dumps(state)) == state
+    (train,) = state.pop("accounts").values()
+    assert train == {
+        "num_samples": 11,
+        "first_position": 0,
+        "epochs": [[0, 11, 55, {}, {}], [1, 5, sum_of_epoch(shards, 1, 5), {}, {}]],
+        "faults": [],
+    }
     assert state == {
         "step": 4,
         "position": 16,
@@ -167,7 +212,6 @@ def test_state_is_plain_numbers(tmp_path):
         "global_batch_size": 4,
         "manifest": digest,
     }
-    assert json.loads(json.dumps(state)) == state
 
 
 def test_state_restores_without_a_trainer(tmp_path):
@@ -251,6 +295,31 @@ def test_strict_ends_the_run_and_leaves_the_report(tmp_path):
         fit(data, 3)
     report = json.loads((tmp_path / "data_report.json").read_text())["train"]
     assert report["quarantined"] == {"caption_not_utf8": 4}
+
+
+def test_a_validation_counts_its_last_pass(tmp_path):
+    shards = write_captions(tmp_path / "s", [8])
+    val = write_captions(tmp_path / "v", [3, 4], faulty=(2,))
+    data = captions_module(shards, val_shards=val, val_batch_size=3, report_dir=str(tmp_path))
+    options = {"limit_val_batches": 1.0, "num_sanity_val_steps": 1, "val_check_interval": 2}
+    fit(data, 6, check_val_every_n_epoch=None, **options)
+    report = json.loads((tmp_path / "data_report.json").read_text())
+    (epoch,) = report["validate"]["epochs"]
+    counts = (epoch["manifest"], epoch["delivered"], epoch["quarantined"], epoch["not_reached"])
+    assert counts == (7, 6, {"caption_not_utf8": 1}, 0)
+    assert len(report["validate"]["faults"]) == 1
+    (epoch,) = report["sanity_check"]["epochs"]
+    assert (epoch["manifest"], epoch["delivered"], epoch["not_reached"]) == (7, 2, 4)
+
+
+def test_one_bad_shard_ends_the_run(tmp_path):
+    shards = write_captions(tmp_path / "s", [100, 60], faulty=range(100, 110))
+    settings = {"global_batch_size": 40, "max_bad_fraction": 0.5, "report_dir": str(tmp_path)}
+    with pytest.raises(DataError, match=r"of a shard may be unreadable; \d+ of the 60 samples of"):
+        fit(captions_module(shards, **settings), 8)
+    report = json.loads((tmp_path / "data_report.json").read_text())["train"]
+    assert list(report["epochs"][0]["quarantined_by_shard"]) == ["s-1.tar"]
+    fit(captions_module(shards, max_bad_shard_fraction=0.2, **settings), 8)
 
 
 def test_too_many_faulty_samples_end_the_run(tmp_path):

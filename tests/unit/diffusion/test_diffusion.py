@@ -188,6 +188,13 @@ def test_the_latent_cache_forgets_stand_ins_and_skips_needless_calls():
     assert codec.calls == 2
 
 
+def test_the_latent_cache_forgets_what_is_not_finite():
+    codec, cache, image = CountingCodec(), LatentCache(max_bytes=1000), torch.ones(1, 1, 2, 2)
+    assert not cache.encode(codec, image / 0, [5], [True]).isfinite().any()
+    assert cache.num_bytes == 0
+    assert torch.equal(cache.encode(codec, image, [5], [True]), image * 2)
+
+
 def tiny_unet():
     return UNet2DConditionModel(
         sample_size=4,

@@ -15,7 +15,7 @@ from toy_results import (
 )
 
 from segalign.errors import ConfigError, DataError
-from segalign.launch.findings.ablation_numbers import make_table, unknown_metrics
+from segalign.launch.findings.ablation_numbers import make_table
 from segalign.launch.plan import Plan
 from segalign.launch.running.run_state import RunStatus
 
@@ -41,7 +41,7 @@ def test_cells_are_means_with_intervals_and_paired_differences(tmp_path):
     assert better.difference.mean == pytest.approx(0.1)
     assert better.difference.half == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
     assert row(table, "better").num_done == 3
-    assert unknown_metrics(table) == []
+    assert table.unknown == {}
 
 
 def test_no_variant_is_left_out(tmp_path):
@@ -116,7 +116,7 @@ def test_a_run_that_two_variants_share_counts_in_both(tmp_path):
 def test_a_metric_that_no_run_logs_leaves_the_others(tmp_path):
     metrics = (metric(SCORE), metric("val/scroe"))
     table = make_table(*scored_study(tmp_path, SCORES, metrics=metrics))
-    (line,) = unknown_metrics(table)
+    (line,) = table.unknown.values()
     assert line == (
         "expected a metric that runs of `toy` log; no finished run has `val/scroe`: near it are "
         "`val/score`; correct `metrics`"
@@ -136,13 +136,13 @@ def test_a_metric_that_no_run_logs_leaves_the_others(tmp_path):
 )
 def test_an_unknown_metric_says_what_to_do(tmp_path, options, name, cure):
     table = make_table(*scored_study(tmp_path, SCORES, metrics=(metric(name, **options),)))
-    (line,) = unknown_metrics(table)
+    (line,) = table.unknown.values()
     assert cure in line
 
 
 def test_a_metric_is_not_unknown_before_a_run_is_finished(tmp_path):
     a_study, plan, _ = scored_study(tmp_path, SCORES)
-    assert unknown_metrics(make_table(a_study, plan, [])) == []
+    assert [*make_table(a_study, plan, []).unknown] == []
 
 
 def test_what_unfinished_runs_log_does_not_count(tmp_path):
@@ -150,15 +150,15 @@ def test_what_unfinished_runs_log_does_not_count(tmp_path):
     a_study, plan, observed = scored_study(tmp_path, SCORES, metrics=metrics)
     write_curves(observed[0].run.directory, {"train/loss": {9: 1.0}})
     observed[0] = seen(observed[0].run, RunStatus.RUNNING)
-    assert len(unknown_metrics(make_table(a_study, plan, observed))) == 1
+    assert len([*make_table(a_study, plan, observed).unknown]) == 1
     observed[0] = seen(observed[0].run)
-    assert unknown_metrics(make_table(a_study, plan, observed)) == []
+    assert [*make_table(a_study, plan, observed).unknown] == []
 
 
 def test_a_metric_that_cannot_be_read_is_not_unknown(tmp_path):
     a_study, plan, observed = study_of_tests(tmp_path, {"a": {}})
     (plan.runs[0].directory / "evaluation" / "test" / "result.json").write_text("{")
-    assert unknown_metrics(make_table(a_study, plan, observed)) == []
+    assert [*make_table(a_study, plan, observed).unknown] == []
 
 
 def test_a_metric_named_twice_is_refused(tmp_path):
@@ -201,7 +201,7 @@ def test_a_damaged_result_costs_its_cell_alone(tmp_path):
     assert str(file) in cell(table, "b", "test/fid").notes[0]
     assert cell(table, "c", "test/fid").interval.mean == 2.0
     assert cell(table, "b", SCORE).interval.mean == 0.5
-    assert unknown_metrics(table) == []
+    assert table.unknown == {}
 
 
 def test_notes_say_what_the_intervals_are(tmp_path):

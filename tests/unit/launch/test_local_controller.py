@@ -99,6 +99,22 @@ def test_failures_leave_the_others_alone(folder):
     assert [read_state(folder / name).attempt for name in "abc"] == [2, 2, 1]
 
 
+def test_a_directory_that_another_config_has_used_fails_and_the_others_go_on(folder):
+    prepare(folder / "a", seed_everything=1)
+    prepare(folder / "b")
+    (folder / "a/config.yaml").write_text("seed_everything: 2\n")
+    for attempt in (1, 2):
+        control(folder, 1)
+        assert statuses(folder) == ["failed", "done"]
+        state = read_state(folder / "a")
+        assert (state.attempt, state.exit_code) == (attempt, 78)
+        assert "`seed_everything` is `2` there and `1` here" in state.reason
+    assert events(folder / "a") == []
+    (folder / "a/config.yaml").unlink()
+    control(folder, 1)
+    assert statuses(folder) == ["done", "done"]
+
+
 def test_preempted_runs_go_on(folder):
     prepare(folder / "a", answer=[85, 85, "done"])
     prepare(folder / "b", answer=86)
@@ -265,13 +281,13 @@ def test_cancel_leaves_no_process(folder):
     run_local(control_one, PROGRAM, num_parallel=1)
     controller = start("control", folder, 2)
     wait_until(lambda: all(list_checkpoints(folder / name) for name in "ab"))
-    assert cancel_local(planned(folder)) == 2
+    assert len(cancel_local(planned(folder))) == 2
     assert controller.wait() == 0  # it has nothing left to do
     assert processes_of(folder) == []
     assert statuses(folder) == ["cancelled"] * 3 + ["done"]
     assert [read_state(folder / name).status for name in "ab"] == [RunStatus.CANCELLED] * 2
     assert events(folder / "c") == []
-    assert cancel_local(planned(folder)) == 0
+    assert len(cancel_local(planned(folder))) == 0
 
 
 def test_cancelled_runs_can_be_started_again(folder):
@@ -291,7 +307,7 @@ def test_cancel_finds_children_whose_supervisor_was_killed(folder):
     supervisor.kill()
     supervisor.wait()
     assert statuses(folder) == ["running"]
-    assert cancel_local(planned(folder)) == 1
+    assert len(cancel_local(planned(folder))) == 1
     assert processes_of(folder) == []
     assert read_state(folder / "a").status is RunStatus.CANCELLED
 

@@ -21,6 +21,7 @@ from segalign.launch.plan import Plan, unique_runs
 from segalign.launch.plan_table import plan_rows
 from segalign.launch.planning import digest_configs, plan_is_stale, plan_study, prepare_run
 from segalign.launch.points import RunPoint
+from segalign.launch.running.recorded_config import check_recorded
 from segalign.launch.running.run_folder import config_file, sweep_folder
 from segalign.launch.running.run_spec import check_spec
 from segalign.launch.running.run_state import RunState, RunStatus, write_state
@@ -170,7 +171,7 @@ stages: [fit, test]
     assert line.startswith("expected configs that fit; `misspelt`: `model`: Option 'widht' is not")
     assert "did you mean `width`?" in line
     assert re.search(r"`top`: .*'trainer.max_stepz'; did you mean `trainer.max_steps`\?", line)
-    assert re.search(r"`kind`: .*many", line)
+    assert "`kind`: `model`: `width`: expected an integer above 0; got 'many'" in line
     assert re.search(r"`none`: .*toy_house.Nope", line)
     assert "good" not in line
     assert "(see" not in line
@@ -275,12 +276,14 @@ def test_a_prepared_config_is_read_back_as_it_was(plan, resolve, stage):
 
 
 def test_a_prepared_run_runs(plan, capsys):
-    planned = plan("settings: {trainer.max_steps: 2}\nstages: [fit, test]")
+    settings = "{trainer.max_steps: 2, model.init_args.scale: 1e-5}"
+    planned = plan(f"settings: {settings}\nstages: [fit, test]")
     (run,) = planned.plan.runs
     prepare_run(run, planned.configs[run.run_id], "toy")
     for stage in ("fit", "test"):
         file = config_file(run.directory, stage)
         assert main.main([stage, "--allow_import=toy_house", f"--config={file}"]) == 0
+    check_recorded(run.directory, config_file(run.directory, "fit"))
     recorded = yaml.safe_load((run.directory / "config.yaml").read_text())
     assert recorded == planned.configs[run.run_id]["fit"]
     assert digest_configs({"fit": recorded}) == digest_configs(

@@ -57,6 +57,46 @@ def test_outside_of_a_job_nobody_is_asked(scontrol):
     assert not log.exists()
 
 
+def look_as(variables: dict[str, str], body: str) -> Path:
+    """Put a program in the place of ``squeue``; returns its log."""
+    program = Path(variables["PATH"].split(os.pathsep)[0], "squeue")
+    log = program.with_name("looked.txt")
+    program.write_text(f'#!/bin/sh\necho "$@" >> {log}\n{body}\n')
+    program.chmod(0o755)
+    return log
+
+
+@pytest.mark.parametrize(
+    "answer", ["COMPLETING|2026-11-23T12:33:33|4:57", "COMPLETING|2026-11-23T12:33:33|UNLIMITED",
+               "CANCELLED|2026-11-23T12:33:33|4:57"],
+)  # fmt: skip
+def test_a_job_that_is_being_cancelled_stays_away(scontrol, answer):
+    variables, log = scontrol("exit 0", SLURM_ARRAY_JOB_ID="17", SLURM_ARRAY_TASK_ID="3")
+    looked = look_as(variables, f"echo '{answer}'")
+    assert str(requeue(2, variables)) == "SLURM job 17_3 is not requeued: it was cancelled"
+    assert looked.read_text() == "--noheader --jobs=17_3 --format=%T|%e|%L\n"
+    assert not log.exists()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "echo 'RUNNING|2026-11-23T12:33:33|0:20'",  # about to reach its limit
+        "echo 'COMPLETING|2026-11-23T12:33:33|0:00'",  # has reached it
+        "echo 'COMPLETING|NONE|4:57'",  # for another job
+        "echo 'COMPLETING|2026-11-23T12:33:33|4:57'; exit 1",
+        "exit 0",
+        "exec sleep 20",
+    ],
+)
+def test_a_job_of_which_no_cancellation_is_known_is_put_back(scontrol, body, monkeypatch):
+    monkeypatch.setattr(requeue_module, "_LOOK_TIMEOUT", 0.5)
+    variables, log = scontrol("exit 0")
+    look_as(variables, body)
+    assert requeue(2, variables).requeued
+    assert log.exists()
+
+
 def test_a_refusal_is_told_in_one_line(scontrol):
     variables, _ = scontrol("echo 'Requested operation\nis disabled' >&2; exit 3")
     assert str(requeue(2, variables)) == (

@@ -98,7 +98,7 @@ def test_the_number_of_a_job_is_read_beside_remarks_of_the_site(study, runs, com
 
 def test_a_study_without_jobs_asks_no_cluster(study, commands):
     assert queued_runs(study.folder) == {}
-    assert cancel_jobs(study.folder) == 0
+    assert len(cancel_jobs(study.folder)) == 0
     assert commands.calls() == []
 
 
@@ -145,7 +145,7 @@ def test_a_job_of_another_with_the_same_number_is_left_alone(study, runs, comman
     foreign = "echo '7|0|/other/001.sbatch'; echo '7|1|(null)'; echo '7|N/A|x'"
     commands(squeue=foreign, sbatch="echo 8")
     assert queued_runs(study.folder) == {}
-    assert cancel_jobs(study.folder) == 0
+    assert len(cancel_jobs(study.folder)) == 0
     assert not any(call.startswith("scancel") for call in commands.calls())
     assert submit(study, runs, ("p",), ()).job_id == "8"
 
@@ -282,7 +282,7 @@ def test_cancelling_goes_on_until_the_queue_is_empty(study, runs, commands, tmp_
         scancel=f"truncate --size=-1 '{left}'",
     )
     write_state(runs[0].directory, RunState(status=RunStatus.DONE))
-    assert cancel_jobs(study.folder) == 1
+    assert len(cancel_jobs(study.folder)) == 1
     assert left.read_text() == ""
     assert commands.calls().count("scancel 7") == 3
     assert is_cancel_requested(runs[1].directory)
@@ -296,7 +296,7 @@ def test_cancelling_leaves_what_has_ended_as_it_is(study, runs, commands, tmp_pa
     write_state(runs[1].directory, RunState(status=RunStatus.PREEMPTED))
     gone = tmp_path / "gone"
     commands(squeue=f"[ -e '{gone}' ] || {{ {in_queue(study)}\n}}", scancel=f"touch '{gone}'")
-    assert cancel_jobs(study.folder) == 1
+    assert len(cancel_jobs(study.folder)) == 1
     assert read_state(runs[0].directory) == ended
     assert not is_cancel_requested(runs[0].directory)
     assert read_state(runs[1].directory).status == RunStatus.CANCELLED
@@ -314,7 +314,7 @@ def test_a_run_that_fails_because_it_is_ended_is_cancelled(study, runs, commands
         squeue=f"[ -e '{gone}' ] || {{ {in_queue(study, 7, 0)}\n}}",
         scancel=f"cp '{failed}' '{state}'; touch '{gone}'",
     )
-    assert cancel_jobs(study.folder) == 1
+    assert len(cancel_jobs(study.folder)) == 1
     assert read_state(runs[0].directory).status == RunStatus.CANCELLED
 
 

@@ -1,5 +1,6 @@
 """How far runs are, as people read it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from segalign.launch.running.status_table import (
     describe_change,
     describe_seconds,
     failure_lines,
+    num_failed,
     status_rows,
     summary,
 )
@@ -94,3 +96,21 @@ def test_a_stopped_run_says_how_it_goes_on():
 )
 def test_durations(seconds, text):
     assert describe_seconds(seconds) == text
+
+
+def test_failures_of_one_reason_are_one_line(tmp_path):
+    def failed(run_id, reason):
+        directory = tmp_path / run_id
+        state = {"exit_code": 78, "reason": reason.format(directory)}
+        one = seen(RunStatus.FAILED, directory, state)
+        return replace(one, run=replace(one.run, run_id=run_id))
+
+    lost = [failed(f"0{n}", "expected data in `{}`; got none.") for n in range(8)]
+    reason = lost[0].state.reason
+    lines = failure_lines([*lost[:3], failed("0f", "no disk"), *lost[3:]])
+    assert lines == [
+        f"k=[1], seed 3 (00): failed: exit 78: {reason[:-1]}; the same for 7 more runs.",
+        "k=[1], seed 3 (0f): failed: exit 78: no disk",
+    ]
+    assert failure_lines(lost[:2])[0].endswith("the same for 1 more run.")
+    assert num_failed([*lost, seen(RunStatus.DONE)]) == 8

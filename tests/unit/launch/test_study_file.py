@@ -227,7 +227,13 @@ def test_ranges_are_for_a_searcher(load, refused):
         ),
         ("metrics: [val/x, val/x]", "`metrics`; got `val/x` twice; remove"),
         ("slurm: {gpus: 8}", "did you mean `gpus_per_node`?"),
-        ("slurm: {nodes: many}", "`nodes`: Expected a <class 'int'>"),
+        ("slurm: {nodes: many}", "`nodes`: expected an integer (int); got many"),
+        ("search: {prune: 2}", "`prune`: expected true or false (bool); got 2"),
+        ("plots: {curves: 3}", "`curves`: expected a list; got 3"),
+        ("grid: {vars.a: {low: 0.1}}", "axis `vars.a`; got no `high`; write both"),
+        ("grid: {vars.a: {high: 2, log: true}}", "axis `vars.a`; got no `low`; write both"),
+        ("grid: {vars.a: {low: 0.1, hihg: 1}}", "`vars.a`; got `hihg`; did you mean `high`?"),
+        ("grid: {vars.a: {low: 0.1, high: 1, logg: true}}", "got `logg`; did you mean `log`?"),
         ("slurm: {nodes: 0}", "`nodes` of at least 1 in"),
         ("slurm: {time: tomorrow}", "`slurm`; got `tomorrow`"),
         ("budget: {max_gpu_hours: 1}", "`slurm` with `time` and `gpus_per_node`"),
@@ -304,3 +310,8 @@ def test_reading_a_study_imports_no_torch(repository):
         [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_levels_may_be_called_as_the_ends_of_a_range(load):
+    loaded = load("grid: {vars.a: {low: {b: 1}, high_noise: {b: 2}}}")
+    assert [level.label for level in loaded.axes[0].levels] == ["low", "high_noise"]

@@ -290,3 +290,22 @@ def test_long_labels_are_broken_and_cut():
     assert len(lines) == 3
     assert max(map(len, lines)) <= 38
     assert text.endswith("...")
+
+
+@pytest.mark.parametrize(
+    ("scores", "caption"),
+    [
+        ({"plain": [0.5], "other": [0.6]}, "single runs of each variant"),
+        ({"plain": [0.5, 0.6], "other": [0.6]}, "mean of each variant; thin lines are single runs"),
+        ({"plain": [0.5, 0.6, 0.7]}, "mean of each variant and its 95 % band over seeds"),
+        (
+            {"plain": [0.5, 0.6, 0.7], "other": [0.6]},
+            "mean of each variant and its 95 % band over seeds; thin lines are single runs",
+        ),
+    ],
+)
+def test_captions_of_curves_speak_of_bands_where_there_are_some(tmp_path, scores, caption):
+    plots = drawn(*scored_study(tmp_path, scores))
+    assert plots["curves"].alt == f"{SCORE} over training: {caption}"
+    (axes,) = plots["curves"].figure.axes
+    assert bool(axes.collections) == ("band" in caption)

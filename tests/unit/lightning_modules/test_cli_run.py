@@ -19,6 +19,7 @@ from callbacks.progress import StepProgressBar
 from callbacks.run_config import RunConfigWriter
 from callbacks.run_loggers import RunCSVLogger
 from callbacks.step_rng import StepRng
+from callbacks.tensorboard_log import RunTensorBoardLogger
 from lightning_modules import cli
 
 
@@ -46,7 +47,7 @@ def test_every_run_has_its_parts(trainer_of, run_dir):
     for kind in (RunConfigWriter, StepRng, StepProgressBar, RunCheckpoint):
         assert kinds(trainer.callbacks).count(kind) == 1
     assert isinstance(trainer.strategy.checkpoint_io, SafetensorsCheckpointIO)
-    assert kinds(trainer.loggers) == [TensorBoardLogger, RunCSVLogger]
+    assert kinds(trainer.loggers) == [RunTensorBoardLogger, RunCSVLogger]
     assert {logger.log_dir for logger in trainer.loggers} == {str(run_dir / "logs")}
     assert Path(trainer.default_root_dir) == run_dir
     assert trainer._accelerator_connector.use_distributed_sampler is False
@@ -87,10 +88,10 @@ def test_predictions_are_not_kept_in_memory(toy_command, monkeypatch):
     ("logger", "expected"),
     [
         ("false", []),
-        ("true", [TensorBoardLogger, RunCSVLogger]),
+        ("true", [RunTensorBoardLogger, RunCSVLogger]),
         (
             "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: x}}",
-            [CSVLogger, TensorBoardLogger, RunCSVLogger],
+            [CSVLogger, RunTensorBoardLogger, RunCSVLogger],
         ),
         (
             "[{class_path: lightning.pytorch.loggers.TensorBoardLogger, init_args: {save_dir: x}}]",

@@ -30,13 +30,14 @@ from segalign.diffusion.clipped_sampler import ClippedSampler
 from segalign.diffusion.lora import LoraSettings
 from segalign.diffusion.sampler import DDIMSampler
 from segalign.diffusion.step_cost import StepCost
-from segalign.errors import ConfigError, DataError, NonFiniteError
+from segalign.errors import ConfigError, DataError
 from segalign.reward_tuning.denoising import denoising_gradient
 from segalign.reward_tuning.settings import PenaltySettings, StepMemory
 from segalign.rewards.bound_reward import RewardTerms
 from segalign.rewards.common_direction import EmaDirection
 from segalign.rewards.mixture import RewardMixture, WeightedReward
 from segalign.run_format import read_tensors, save_checkpoint
+from segalign.skipped_steps import SkippedStep
 from segalign.text.settings import T5Branch, TextEncoding
 from segalign.trainable import trainable_parameters, trainable_state_dict
 from segalign.truncation.chain import Chain
@@ -676,50 +677,45 @@ def test_captions_without_text_are_refused(tmp_path):
     fit(build(), tmp_path, 1, data=Captions((True, False)))  # where nothing is asked for, none is
 
 
-def test_a_reward_that_is_not_finite_ends_the_run_by_its_name(tmp_path):
+def assert_skipped(module, tmp_path, reason, ids):
+    """Fit a step that is not finite: it changes nothing, and says what was found."""
+    module.configure_model()
+    before = weights(module)
+    trainer = fit(module, tmp_path, 1)
+    assert trainer.global_step == 1
+    assert module.skipped == SkippedStep(0, reason, ids)
+    assert not trainer.optimizers[0].state
+    assert math.isnan(trainer.logger.of("train/grad_norm")[0])
+    assert_equal(weights(module), before)
+
+
+def test_a_reward_that_is_not_finite_is_named(tmp_path):
     def broken(images, captions):
         return torch.stack([image.mean() * (math.nan if i == 1 else 1.0)
                             for i, image in enumerate(images)])  # fmt: skip
 
     parts = {"good": WeightedReward(reward=Brightness()), "bad": WeightedReward(reward=broken)}
-    module = build(RewardMixture(parts))
-    message = (
-        r"expected finite losses at step 0; got NaN or infinity for 1 samples \(1\) "
-        r"\(the reward: `bad` for rows \[1\]\); no weight was changed; "
-    )
-    with one_line(NonFiniteError, message):
-        fit(module, tmp_path)
-    assert_equal(weights(module), start())
+    reason = "the losses of 1 samples are not finite (the reward: `bad` for rows [1])"
+    assert_skipped(build(RewardMixture(parts)), tmp_path, reason, (1,))
 
 
-def test_a_copy_that_is_not_finite_ends_the_run_by_its_name(tmp_path):
+def test_a_copy_that_is_not_finite_is_named(tmp_path):
     def broken(images, captions):
         calls.append(len(images))
         return images.mean(dim=(1, 2, 3)) * (math.nan if len(calls) == 3 else 1.0)
 
     calls = []
     module = build(broken, strategy=DRaFTLV(num_renoised=2))
-    message = (
-        r"expected finite losses at step 0; got NaN or infinity for 3 samples \(0, 1, 2\) "
-        r"\(the reward: `rewards` for rows \[0, 1, 2\]\); no weight was changed; "
-    )
-    with one_line(NonFiniteError, message):
-        fit(module, tmp_path)
-    assert_equal(weights(module), start())
+    reason = "the losses of 3 samples are not finite (the reward: `rewards` for rows [0, 1, 2])"
+    assert_skipped(module, tmp_path, reason, (0, 1, 2))
 
 
-def test_a_penalty_that_is_not_finite_ends_the_run_by_its_name(tmp_path):
-    settings = {"lora": None, "penalty": PenaltySettings()}
-    module = build(Brightness(), **settings)
+def test_a_penalty_that_is_not_finite_is_named(tmp_path):
+    module = build(Brightness(), lora=None, penalty=PenaltySettings())
     module.configure_model()
     module.reference_unet.conv_out.bias.data.fill_(math.nan)
-    message = (
-        r"expected finite losses at step 0; got NaN or infinity for 3 samples \(0, 1, 2\) "
-        r"\(the penalty for rows \[0, 1, 2\]\); no weight was changed; "
-    )
-    with one_line(NonFiniteError, message):
-        fit(module, tmp_path)
-    assert_equal(weights(module), start(**settings))
+    reason = "the losses of 3 samples are not finite (the penalty for rows [0, 1, 2])"
+    assert_skipped(module, tmp_path, reason, (0, 1, 2))
 
 
 def test_a_part_that_is_not_finite_is_named_where_losses_are_finite(tmp_path):
@@ -732,22 +728,24 @@ def test_a_part_that_is_not_finite_is_named_where_losses_are_finite(tmp_path):
 
             return call
 
-    message = (
-        r"expected a finite gradient at step 0; got NaN or infinity, with losses that are finite "
-        r"\(the reward: `odd` for rows \[0, 1, 2\]\); no weight was changed; "
-    )
-    with one_line(NonFiniteError, message):
-        fit(build(Odd()), tmp_path)
+    module = build(Odd())
+    fit(module, tmp_path, 1)
+    assert module.skipped.sample_ids == (0, 1, 2)
+    assert module.skipped.reason.startswith("the losses are finite, and their gradient is not: `")
+    assert module.skipped.reason.endswith(", ... (the reward: `odd` for rows [0, 1, 2])")
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
+def test_a_gradient_that_is_not_finite_is_skipped(tmp_path):
     def steep(images, captions):
         return (images - images.detach()).mean(dim=(1, 2, 3)).abs().sqrt()
 
     module = build(steep)
-    with one_line(NonFiniteError, r"expected a finite gradient at step 0; got NaN or infinity, "):
-        fit(module, tmp_path)
-    assert_equal(weights(module), start())
+    module.configure_model()
+    before = weights(module)
+    fit(module, tmp_path)
+    assert module.skipped.step == 1
+    assert module.skipped.sample_ids == (4, 5, 6)
+    assert_equal(weights(module), before)
 
 
 def test_a_reward_without_gradient_is_refused_by_its_name(tmp_path):

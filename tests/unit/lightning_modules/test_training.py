@@ -5,12 +5,13 @@ import functools
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_modules import training
 from lightning_modules.training import TrainingModule
-from segalign.errors import ConfigError, NonFiniteError
+from segalign.errors import ConfigError
 from segalign.sharded_tensors import local
 
 
@@ -28,17 +29,18 @@ class Slope(TrainingModule):
         return self.reduce_losses(self.weight * batch["x"], batch)
 
 
-def fit(batches, tmp_path):
-    module = Slope()
+def fit(batches, tmp_path, module=None, micro_batches=2, **settings):
+    module = module or Slope()
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        accumulate_grad_batches=2,
-        max_steps=len(batches) // 2,
+        accumulate_grad_batches=micro_batches,
+        max_steps=len(batches) // micro_batches,
         default_root_dir=tmp_path,
+        **settings,
     )
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
     trainer.fit(module, loader)
@@ -60,13 +62,69 @@ def test_a_step_averages_the_valid_samples_of_all_its_micro_batches(tmp_path):
     assert both.weight.item() == pytest.approx(-2 * (1 + 3 + 4) / 3, rel=1e-12)
 
 
+BAD = {
+    "loss": (
+        batch([1.0, float("nan")], [True, True]), "the losses of 1 samples are not finite", [41]
+    ),
+    # A row that does not count is no loss, and yet has a gradient: 0 times infinity.
+    "gradient": (
+        batch([1.0, float("inf")], [True, False]),
+        "the losses are finite, and their gradient is not: `weight`",
+        [40, 41, 40],
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
-def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(tmp_path):
-    bad = [batch([1.0, 2.0], [True, True]), batch([1.0, float("nan")], [True, True])]
-    with pytest.raises(
-        NonFiniteError, match=r"at step 1; got NaN or infinity for 1 samples \(41\)"
-    ):
-        fit([*[batch([1.0, 1.0], [True, True])] * 2, *bad], tmp_path)
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_step_that_is_not_finite_is_skipped_with_all_its_micro_batches(
+    case, is_first, tmp_path, caplog
+):
+    bad, reason, ids = BAD[case]
+    good = [batch([1.0, 1.0], [True, True])] * 2
+    other = batch([1.0, 2.0], [True, True])
+    step = [bad, other] if is_first else [other, bad]
+    module = fit([*good, *step], tmp_path)
+    assert module.weight.item() == -1
+    assert module.skipped.step == 1
+    assert module.skipped.reason == reason
+    assert sorted(module.skipped.sample_ids) == sorted(ids)
+    assert caplog.messages.count(f"skipped on all ranks, {module.skipped}") == 1
+    # The step after it is taken as ever.
+    module = fit([*good, *step, *good], tmp_path)
+    assert module.weight.item() == -2
+    assert module.skipped is None
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("values", "start_scale", "is_counted"),
+    [
+        ([1.0, float("nan")], 2.0**16, True),
+        # Finite losses whose gradients overflow by the scale are the scaler's affair, and others
+        # are not.
+        ([1e36, 1.0], 2.0**16, False),
+        ([1.0, float("inf")], 1.0, True),
+    ],
+)
+def test_the_scaler_of_float16_is_left_in_peace(fused, values, start_scale, is_counted, tmp_path):
+    module = Slope()
+    module.weight = nn.Parameter(torch.zeros(1))
+    module.make_optimizer = functools.partial(torch.optim.AdamW, lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=start_scale)
+    good = batch([1.0, 1.0], [True, True])
+    bad = batch(values, [True, start_scale > 1])
+    steps = [one | {"x": one["x"].float()} for one in (good, bad, good)]
+    fit(steps[:2], tmp_path, module, 1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert (module.skipped is not None) == is_counted
+    assert scaler.get_scale() == start_scale / 2
+    (state,) = module.trainer.optimizers[0].state.values()
+    assert state["step"] == 1
+    once = module.weight.item()
+    fit(steps, tmp_path, module, 1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert module.weight.item() < once < 0
 
 
 def test_frozen_parts_stay_in_evaluation_mode():

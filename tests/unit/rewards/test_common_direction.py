@@ -269,3 +269,17 @@ def test_quantiles_of_shares_are_exact():
 def test_a_decay_outside_its_range_is_refused():
     with pytest.raises(ConfigError, match=r"expected `decay` in \[0, 1\); got 1"):
         EmaDirection(1.0)
+
+
+@pytest.mark.parametrize("counted", [None, torch.tensor([True, True, True, False])])
+def test_what_is_not_finite_never_enters_an_estimate(counted):
+    rows = torch.eye(4, dtype=torch.float64)
+    rows[1, 0], rows[2, 3] = torch.nan, torch.inf
+    seen = rows[[0]] if counted is not None else rows[[0, 3]]
+    moving = EmaDirection(0.5).train()
+    for estimate in (BatchDirection(), moving):
+        expected = unit_mean(seen.sum(dim=0), len(seen))
+        assert torch.equal(estimate(rows, counted), expected)
+    before = moving.mean.clone()
+    moving(torch.full((2, 4), torch.nan))
+    assert torch.equal(moving.mean, before)
