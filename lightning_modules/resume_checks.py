@@ -93,7 +93,7 @@ def check_same_settings(config: Mapping[str, Any], checkpoint: Path) -> None:
     stored = stored_config(checkpoint)
     if stored is None:
         return
-    changes = list(changed_settings(decode_tree(stored, {}), config))
+    changes = list(changed_settings(_decoded(stored), config))
     allowed = (config.get("checkpoint") or {}).get("allow_changes") or ()
     refused = [change for change in changes if not change.is_below_any(allowed)]
     if refused:
@@ -156,7 +156,7 @@ def warn_of_other_weights(
                 run_dir,
             )
         return
-    stored = decode_tree(stored_config(checkpoint) or {}, {})
+    stored = _decoded(stored_config(checkpoint) or {})
     changes = changed_settings(stored, config)
     changed = [str(change) for change in changes if change.is_below_any(["model"])]
     if changed:
@@ -214,6 +214,12 @@ def _differences(before: Any, now: Any, key: str, ignored: frozenset[str]) -> It
     for name in now:
         if name in before and name not in ignored:
             yield from _differences(before[name], now[name], f"{key}.{name}", ignored)
+
+
+def _decoded(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Decode a checkpoint's config; one that is none, as a foreign file may have it, is empty."""
+    decoded = decode_tree(stored, {})
+    return decoded if isinstance(decoded, Mapping) else {}
 
 
 def _brief(value: Any) -> str:

@@ -13,10 +13,11 @@ class LatentCache:
 
     Only right where an id always shows the same pixels, that is without random augmentation.
     When the memory is full, further images are simply encoded each time, as are those whose latents
-    are not finite.
+    are not finite. Images are encoded one by one: the last bits of a latent depend on what else is
+    in its batch, which depends on what is remembered, and a resumed run remembers nothing.
 
     Args:
-        max_bytes: Bound on the memory; 0 keeps nothing.
+        max_bytes: Bound on the memory; 0 keeps nothing, and encodes whole batches.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -42,7 +43,9 @@ class LatentCache:
         rows: dict[int, Tensor] = {}
         if missing:
             with torch.no_grad():
-                rows = dict(zip(missing, codec.encode(images[missing]), strict=True))
+                size = 1 if self.max_bytes else len(missing)
+                parts = [codec.encode(part) for part in torch.split(images[missing], size)]
+                rows = dict(zip(missing, torch.cat(parts), strict=True))
         latents = [
             rows[row] if row in rows else self._latents[key].to(images.device)
             for row, key in enumerate(sample_ids)

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from segalign.atomic import write_bytes_atomic, write_text_atomic
+from segalign.csv_text import plain_cell
 from segalign.metrics.report_table import ReportTable
 
 _DPI = 150
@@ -41,7 +42,8 @@ class Report:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, list(self.records[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.records)
+        for record in self.records:
+            writer.writerow({name: _plain(value) for name, value in record.items()})
         return text.getvalue()
 
     def write(self, folder: Path) -> list[Path]:
@@ -57,3 +59,14 @@ class Report:
         write_text_atomic(paths[1], self.to_csv())
         write_bytes_atomic(paths[2], picture.getvalue())
         return paths
+
+
+def _plain(value: object) -> object:
+    """Keep names from being read as formulas; numbers may be written as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return plain_cell(value)
+    return value

@@ -179,6 +179,20 @@ def test_the_latent_cache_recalls_and_is_bounded():
     assert cache.num_bytes == 32
 
 
+def test_latents_do_not_depend_on_what_is_remembered():
+    # This codec's latents, like the last bits of a real one's, depend on the whole batch.
+    class BatchCodec(CountingCodec):
+        def encode(self, images):
+            return super().encode(images) + len(images)
+
+    images = torch.arange(12.0).reshape(3, 1, 2, 2)
+    fresh, used = (LatentCache(max_bytes=1000) for _ in range(2))
+    used.encode(BatchCodec(), images[:2], [5, 6], [True] * 2)
+    arguments = (BatchCodec(), images, [5, 6, 7], [True] * 3)
+    assert torch.equal(used.encode(*arguments), fresh.encode(*arguments))
+    assert LatentCache(0).encode(*arguments)[0, 0, 0, 0] == len(images)  # in one batch
+
+
 def test_the_latent_cache_forgets_stand_ins_and_skips_needless_calls():
     codec, cache, image = CountingCodec(), LatentCache(max_bytes=1000), torch.ones(1, 1, 2, 2)
     cache.encode(codec, torch.zeros(1, 1, 2, 2), [5], [False])
