@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from callbacks.best_checkpoint import BestValue, MonitorMode
-from callbacks.failed_saves import FailedSaves, on_rank_zero, save_on_rank_zero
+from callbacks.failed_saves import FailedSaves, flush_logs, on_rank_zero, save_on_rank_zero
 from callbacks.unfinished_step import UnfinishedStep, forget_later
 from segalign.atomic import make_directory, remove_directory
 from segalign.errors import ConfigError
@@ -239,7 +239,18 @@ class RunCheckpoint(Checkpoint):
         return True
 
     def _prune(self, trainer: pl.Trainer) -> None:
-        on_rank_zero(trainer, partial(prune_checkpoints, self._run_dir, self.keep))
+        on_rank_zero(trainer, self._try_to_prune)
+
+    def _try_to_prune(self) -> None:
+        try:
+            prune_checkpoints(self._run_dir, self.keep)
+        except OSError as error:
+            _logger.warning("old checkpoints stay for now: %s", error)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write the last rows of the logs, where a full disk ends all ranks alike."""
+        on_rank_zero(trainer, partial(flush_logs, trainer))
 
     @override
     def on_save_checkpoint(

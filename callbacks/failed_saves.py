@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 
@@ -80,6 +80,35 @@ class FailedSaves:
         return True
 
 
+@runtime_checkable
+class KeepsRows(Protocol):
+    """A logger whose rows wait while they cannot be written.
+
+    Lightning saves loggers on rank 0 alone and in the middle of a step, where an error would leave
+    the other ranks waiting; so ``Logger.save`` never fails, and this is asked for certainty.
+    """
+
+    def flush_all(self) -> None:
+        """Force all rows to disk.
+
+        Raises:
+            StorageError: If that cannot be done; they go on waiting.
+        """
+
+
+def flush_logs(trainer: pl.Trainer) -> None:
+    """Force what the loggers hold to disk; only where an error reaches all ranks.
+
+    Raises:
+        StorageError: If that cannot be done; it goes on waiting.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, KeepsRows):
+            logger.flush_all()
+        else:
+            logger.save()
+
+
 def on_rank_zero(trainer: pl.Trainer, work: Callable[[], None]) -> None:
     """Do something on rank 0; where it fails, it fails on all ranks, so that none waits."""
 
@@ -105,8 +134,7 @@ def save_on_rank_zero(trainer: pl.Trainer, path: Path) -> None:
 
     def write() -> None:
         # A checkpoint says that what was logged before it is on disk: a resumed run goes on there.
-        for logger in trainer.loggers:
-            logger.save()
+        flush_logs(trainer)
         trainer.strategy.save_checkpoint(checkpoint, path)
 
     internals: Any = trainer

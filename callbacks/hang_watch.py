@@ -2,6 +2,7 @@
 
 import os
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import lightning.pytorch as pl
 import psutil
 from jsonargparse.typing import PositiveFloat
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from segalign.hang_watcher import HangWatcher
@@ -39,7 +41,8 @@ class HangWatch(Callback):
     while others wait for it. What cannot be told from work is a loop of much Python that never
     ends.
 
-    When the time is up, every rank writes ``RUN/logs/hang-rank-R.txt``, waits at most a minute for
+    When the time is up, every rank writes ``RUN/logs/hang-rank-R.txt`` (an evaluation
+    ``RUN/logs/STAGE/hang-rank-R.txt``, so that it disturbs no training), waits at most a minute for
     the others to do the same, and ends with exit code 71. A rank whose interpreter is held by a C
     function does so within half a minute more, with exit code 1 and without a word on stderr. So
     does, when it goes on, a process that was suspended for longer than ``seconds``.
@@ -71,7 +74,8 @@ class HangWatch(Callback):
             return
         self._stop()
         self._watcher = HangWatcher(
-            Path(trainer.default_root_dir) / "logs",
+            _folder(Path(trainer.default_root_dir), stage),
+            attempt=trainer.strategy.broadcast(uuid.uuid4().hex),
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             seconds=self.seconds,
@@ -105,6 +109,12 @@ class HangWatch(Callback):
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher = None
+
+
+def _folder(run_dir: Path, stage: str) -> Path:
+    """Name the folder of a stage's logs: an evaluation may look at a run that still trains."""
+    logs, name = run_dir / "logs", TrainerFn(stage)
+    return logs if name == TrainerFn.FITTING else logs / name.value
 
 
 def _launcher() -> int | None:

@@ -86,7 +86,9 @@ class NonFiniteSteps(Callback):
             raise NonFiniteError(
                 f"expected finite losses and gradients; got {found}, the last of them {skipped}; "
                 f"look at the samples in logs/{LOG_NAME}, lower the learning rate, train in "
-                "float32, or raise `non_finite.max_in_a_row` or `non_finite.max_share`"
+                "float32, or raise `non_finite.max_in_a_row` or `non_finite.max_share`; weights "
+                "can be spoilt before anything is infinite: if a resumed run ends so again, start "
+                "anew in another `--run_dir`"
             )
 
     def _keep_log(self, trainer: pl.Trainer, write: Callable[[Path], None]) -> None:

@@ -3,10 +3,10 @@
 import contextlib
 import csv
 import io
-import logging
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,18 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.tensorboard_log import RunTensorBoardLogger
+from callbacks.tensorboard_log import Patience, RunTensorBoardLogger
 from segalign.appended_file import AppendedFile
-from segalign.atomic import make_directory, remove_temporaries, write_text_atomic
-from segalign.errors import FullDiskError, StorageError
-
-_logger = logging.getLogger(__name__)
+from segalign.atomic import make_directory, remove_temporaries, storage_errors, write_text_atomic
 
 
 class RunCSVLogger(Logger):
     """Append metrics to one ``metrics.csv`` per run, whatever the number of attempts.
 
     Lightning's own CSV logger deletes the history when a run resumes. Here a resumed run keeps the
-    rows before the step that it resumes at, and repeats those after it. While the disk is full,
-    rows wait in memory; ``save``, which comes before every checkpoint, says so if they still do.
+    rows before the step that it resumes at, and repeats those after it. Rows that cannot be written
+    wait in memory; ``flush_all``, which comes before every checkpoint and at the end, says so if
+    they still do.
 
     Args:
         save_dir: Directory of ``metrics.csv``.
@@ -42,6 +40,8 @@ class RunCSVLogger(Logger):
         self._columns: list[str] = []
         self._waiting: list[dict[str, float]] = []
         self._is_open = False
+        self._file = AppendedFile(self.metrics_file)
+        self._patience = Patience()
 
     @property
     @override
@@ -81,37 +81,45 @@ class RunCSVLogger(Logger):
         row = {name: _number(value) for name, value in metrics.items()}
         row["step"] = -1 if step is None else step
         self._waiting.append(row)
-        try:
-            self.save()
-        except FullDiskError as error:
-            if len(self._waiting) == 1:
-                _logger.warning("rows of the log wait until the next checkpoint: %s", error)
+        self.save()
 
     @override
     @rank_zero_only
     def save(self) -> None:
-        """Write the rows that wait.
+        """Write the rows that wait; if that cannot be done, say so once, and let them wait."""
+        self._patience.try_to(partial(self._write, sync=False))
+
+    @rank_zero_only
+    def flush_all(self) -> None:
+        """Write the rows that wait, and force all to disk.
 
         Raises:
             StorageError: If they cannot be written; they go on waiting.
         """
+        with storage_errors(self.metrics_file):
+            self._write(sync=True)
+
+    def _write(self, *, sync: bool) -> None:
         if not self._waiting:
+            if sync and self._is_open:
+                self._file.flush(sync=True)
             return
         self._open()
+        self._file.restore()
         names = {name for row in self._waiting for name in row}
         new_columns = sorted(names - set(self._columns))
         if new_columns:
             self._rewrite([*self._columns, *new_columns], [*self._read(), *self._waiting])
         else:
-            self._append(self._waiting)
+            self._append(self._waiting, sync)
         self._waiting = []
 
     @override
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write the rows that wait; after a failure, as far as it goes."""
-        with contextlib.suppress(*(() if status == "success" else (StorageError,))):
-            self.save()
+        with contextlib.suppress(*(() if status == "success" else (OSError,))):
+            self.flush_all()
 
     def _open(self) -> None:
         if self._is_open:
@@ -139,12 +147,14 @@ class RunCSVLogger(Logger):
         write_text_atomic(self.metrics_file, text.getvalue())
         self._columns = columns
 
-    def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _append(self, rows: Sequence[Mapping[str, Any]], sync: bool) -> None:
         text = io.StringIO(newline="")
         csv.DictWriter(text, self._columns).writerows(rows)
-        file = AppendedFile(self.metrics_file)
-        file.write(text.getvalue().encode())
-        file.flush()
+        self._file.write(text.getvalue().encode())
+        try:
+            self._file.flush(sync=sync)
+        finally:
+            self._file.forget()  # the rows themselves wait, as a later one may widen the table
 
 
 def run_loggers(run_dir: Path, stage: str, resume_step: int) -> list[Logger]:

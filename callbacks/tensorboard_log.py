@@ -1,9 +1,11 @@
 """TensorBoard logs that are whole after a full disk, written without a thread."""
 
 import contextlib
+import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,40 @@ from typing_extensions import override
 
 from segalign.appended_file import AppendedFile
 from segalign.atomic import make_directory, storage_errors
-from segalign.errors import FullDiskError
 
 _LARGE = 2**20  # bytes that are written before their time
+_logger = logging.getLogger(__name__)
+
+
+class Patience:
+    """Lets a log that cannot be written wait, and says so when that begins."""
+
+    def __init__(self) -> None:
+        self._is_told = False
+
+    def try_to(self, write: Callable[[], None]) -> None:
+        """Write, or say once why that is not possible."""
+        try:
+            write()
+        except OSError as error:
+            if not self._is_told:
+                _logger.warning("rows of the log wait until the next checkpoint: %s", error)
+            self._is_told = True
+        else:
+            self._is_told = False
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
     """TensorBoard's logger, whose records wait in memory while the disk is full.
 
     TensorBoard's own writer does its work in a thread, which dies of a full disk with a traceback
-    and takes what it held with it. This one tells ``save``, which comes before every checkpoint.
+    and takes what it held with it. This one tells ``flush_all``, which comes before every
+    checkpoint and at the end.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._patience = Patience()
 
     @property
     @rank_zero_experiment
@@ -38,26 +63,34 @@ class RunTensorBoardLogger(TensorBoardLogger):
     def experiment(self) -> SummaryWriter:
         """The writer, as PyTorch has it."""
         if self._experiment is None:
-            make_directory(Path(self.log_dir))
             self._experiment = _Summaries(log_dir=self.log_dir, **self._kwargs)
         return self._experiment
 
     @override
     @rank_zero_only
     def save(self) -> None:
-        """Write what waits.
+        """Write what waits; if that cannot be done, say so once, and let it wait."""
+        self._patience.try_to(super().save)
+
+    @rank_zero_only
+    def flush_all(self) -> None:
+        """Write what waits, and force all to disk.
 
         Raises:
-            StorageError: If it cannot be written.
+            StorageError: If it cannot be written; it goes on waiting.
         """
         with storage_errors(Path(self.log_dir)):
             super().save()
+            own: Any = self._experiment
+            if own is not None and own.file_writer is not None:
+                own.file_writer.event_writer.flush(sync=True)
 
     @override
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what waits; after a failure, of which the user has been told, as far as it goes."""
         if status == "success":
+            self.flush_all()
             super().finalize(status)
         elif self._experiment is not None:
             with contextlib.suppress(OSError):
@@ -102,6 +135,7 @@ class _EventFile:
         self._file = AppendedFile(log_dir / name)
         self._records = RecordWriter(self._file)
         self._flushed_at = -flush_secs
+        self._has_place = False
         self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def get_logdir(self) -> str:
@@ -111,12 +145,15 @@ class _EventFile:
         self._records.write(event.SerializeToString())
         is_time = time.monotonic() > self._flushed_at + self._flush_secs
         if is_time or self._file.num_waiting > _LARGE:
-            with contextlib.suppress(FullDiskError):
+            with contextlib.suppress(OSError):
                 self.flush()
 
-    def flush(self) -> None:
+    def flush(self, *, sync: bool = False) -> None:
         self._flushed_at = time.monotonic()
-        self._file.flush()
+        if self._file.num_waiting and not self._has_place:
+            make_directory(self._file.path.parent)
+            self._has_place = True
+        self._file.flush(sync=sync)
 
     def close(self) -> None:
         self.flush()

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
+from callbacks.failed_saves import flush_logs
 from segalign.atomic import write_text_atomic
 from segalign.json_text import parse_json
 from segalign.run_directory import checkpoint_step, checkpoints_directory
@@ -106,8 +107,6 @@ def _log_step(trainer: pl.Trainer) -> None:
     if not is_in_batch or name in vars(connector):
         return
     connector.update_train_step_metrics()
-    for logger in trainer.loggers:
-        logger.save()
     logged = set(connector.metrics["log"])
 
     def log_rest() -> None:
@@ -153,6 +152,8 @@ def forget_later(run_dir: Path, start: Path | None) -> None:
 
 def _note(trainer: pl.Trainer, run_dir: Path, event: str) -> None:
     if trainer.is_global_zero:
+        # A resumed run does not repeat what is noted here, nor its rows.
+        flush_logs(trainer)
         _write(run_dir, {**_read(run_dir), event: trainer.global_step})
 
 

@@ -12,6 +12,7 @@ from datamodules.run_place import (
     is_on_gpu,
     stage_name,
     steps_served,
+    steps_taken,
 )
 from segalign.data.accounts import TRAIN, RunAccounts
 from segalign.data.limits import BadSampleLimits
@@ -247,7 +248,7 @@ class LongCaptionDataModule(LightningDataModule):
         """Return the place in the sequence and the accounts up to it; all ranks must call it."""
         if self.train_manifest is None:
             return {}
-        return {**self._place(), _ACCOUNTS: self.accounts.state(self._step())}
+        return {**self._place(), _ACCOUNTS: self.accounts.state(steps_taken(self.trainer))}
 
     def _place(self) -> SequenceState:
         assert self.train_manifest is not None
@@ -277,8 +278,7 @@ class LongCaptionDataModule(LightningDataModule):
             DataError: If too many samples could not be read; with several ranks all raise it,
                 at the next step.
         """
-        step = 0 if self.trainer is None else self.trainer.global_step
-        self.accounts.consume(batch, stage, step)
+        self.accounts.consume(batch, stage, steps_taken(self.trainer) or 0)
 
     def teardown(self, stage: str | None = None) -> None:
         """Check and write the accounts of all ranks.
@@ -287,7 +287,8 @@ class LongCaptionDataModule(LightningDataModule):
             DataError: If the samples of whole steps are not those of the sequence, each once, or
                 too many could not be read.
         """
-        self.accounts.close(self._report_folder, self._step() * self.global_batch_size)
+        position = self._step() * self.global_batch_size
+        self.accounts.close(self._report_folder, position, steps_taken(self.trainer))
 
     def on_exception(self, exception: BaseException) -> None:
         """Write what this rank knows; the others may be gone."""

@@ -42,6 +42,11 @@ def steps_served(trainer: Trainer) -> int:
     return 0 if is_repeating else int(trainer.global_step)
 
 
+def steps_taken(trainer: Trainer | None) -> int | None:
+    """Return the number of whole optimizer steps of a run; None if nobody counts them."""
+    return None if trainer is None else int(trainer.global_step)
+
+
 def stage_name(trainer: Trainer | None) -> str:
     """Return what the trainer is doing: ``train``, ``validate``, ..."""
     stage = None if trainer is None else trainer.state.stage

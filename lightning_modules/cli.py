@@ -16,15 +16,20 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import InterpolationKeyError
 from typing_extensions import override
 
+from lightning_modules.changed_optimizer import ChangedOptimizer
 from lightning_modules.checkpoint_choice import SameCheckpoint, find_checkpoint
 from lightning_modules.class_paths import permitted_classes
 from lightning_modules.config_checks import check_config_files, explain_interpolation
 from lightning_modules.known_noise import without_known_noise
-from lightning_modules.resume_checks import check_training, warn_of_other_weights
+from lightning_modules.resume_checks import (
+    changes_optimizer,
+    check_training,
+    warn_of_other_weights,
+)
 from lightning_modules.short_usage_parser import LayeredConfigFile, ShortUsageParser
 from lightning_modules.slurm_environment import slurm_environment
 from segalign.atomic import make_directory
-from segalign.errors import ConfigError, TerminatedError
+from segalign.errors import CancelledError, ConfigError, TerminatedError
 from segalign.run_directory import stored_step
 
 _PEEKING: dict[str, Any] = {"add_help": False, "allow_abbrev": False, "exit_on_error": False}
@@ -79,6 +84,7 @@ class SegalignCLI(LightningCLI):
         self.command = list(command)
         self.sources = sources
         self.checkpoint: Path | None = None
+        self.changes_optimizer = False
         parser_mode = {"parser_mode": "omegaconf+"}
         super().__init__(
             pl.LightningModule,
@@ -157,7 +163,8 @@ class SegalignCLI(LightningCLI):
             starts_over=self._setting("checkpoint.overwrite"),
         )
         if self.subcommand == "fit":
-            check_training(self._plain_config(), self.run_dir, self.checkpoint)
+            changes = check_training(self._plain_config(), self.run_dir, self.checkpoint)
+            self.changes_optimizer = changes_optimizer(changes)
         else:
             warn_of_other_weights(self._plain_config(), self.run_dir, self.checkpoint)
 
@@ -181,6 +188,8 @@ class SegalignCLI(LightningCLI):
             callbacks.append(self.parts.progress_bar())
         if self._lacks_image_writer(callbacks):
             callbacks.append(self.parts.image_writer())
+        if self.changes_optimizer:
+            callbacks.append(ChangedOptimizer())
         plugins = _as_list(settings["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(self.parts.checkpoint_io())
@@ -238,6 +247,7 @@ def run(argv: Sequence[str], parts: RunParts) -> SegalignCLI:
 
     Raises:
         TerminatedError: If SIGTERM has ended it, for which Lightning alone would return 0.
+        CancelledError: If Ctrl-C has ended it.
     """
     known, rest = _peek(argv)
     with permitted_classes(known.allow_import), without_known_noise():
@@ -249,6 +259,14 @@ def run(argv: Sequence[str], parts: RunParts) -> SegalignCLI:
                 "ended by SIGTERM; what was trained since the last checkpoint is lost; go on with "
                 "`--ckpt_path auto`, or set `preemption.signal: TERM` to save first"
             ) from error
+        except SystemExit as error:
+            # What Lightning makes of Ctrl-C.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise CancelledError(
+                    "ended by Ctrl-C; what was trained since the last checkpoint is lost; go on "
+                    "with `--ckpt_path auto`"
+                ) from error
+            raise
 
 
 def _peek(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -12,7 +12,11 @@ from segalign.run_start import check_start
 from segalign.tree_codec import decode_tree
 
 # Sections of a config that decide what a training step computes.
-_COMPARED = ("seed_everything", "model", "data")
+_COMPARED = ("seed_everything", "model", "data", "trainer")
+# Those of `trainer` that do; of its callbacks, the average of the weights.
+_TRAINER_SETTINGS = ("gradient_clip_val", "gradient_clip_algorithm", "precision")
+_AVERAGE = "callbacks.ema.EMA"
+_OPTIMIZER_SETTINGS = ("model.init_args.optimizer", "model.init_args.lr_scheduler")
 # Settings of `data` that do not: where and how fast it is read, and what evaluation reads. That
 # shards at another place hold the same samples is checked by their digest.
 _FREE_DATA_SETTINGS = frozenset(
@@ -37,7 +41,9 @@ _MAX_NAMED = 3
 _logger = logging.getLogger(__name__)
 
 
-def check_training(config: Mapping[str, Any], run_dir: Path, start: Path | None) -> None:
+def check_training(
+    config: Mapping[str, Any], run_dir: Path, start: Path | None
+) -> "Sequence[Change]":
     """Refuse a training run that would never end, ignore its settings or mix with another run.
 
     Args:
@@ -45,17 +51,20 @@ def check_training(config: Mapping[str, Any], run_dir: Path, start: Path | None)
         run_dir: The run directory.
         start: The checkpoint to go on from; None starts anew.
 
+    Returns:
+        Settings that have changed since that checkpoint, as allowed.
+
     Raises:
         ConfigError: If it is refused.
         DataError: If the checkpoint cannot be read.
     """
     if config["trainer"].get("fast_dev_run"):
-        return
+        return []
     check_end(config["trainer"])
-    if start is not None:
-        check_same_settings(config, start)
+    changes = [] if start is None else check_same_settings(config, start)
     if not config["checkpoint"].get("overwrite"):
         check_start(run_dir, start)
+    return changes
 
 
 def check_end(trainer: Mapping[str, Any]) -> None:
@@ -77,7 +86,7 @@ def check_end(trainer: Mapping[str, Any]) -> None:
         )
 
 
-def check_same_settings(config: Mapping[str, Any], checkpoint: Path) -> None:
+def check_same_settings(config: Mapping[str, Any], checkpoint: Path) -> "list[Change]":
     """Refuse to go on from a checkpoint that was trained with another model or other data.
 
     What ``checkpoint.allow_changes`` names may differ, and is told in a warning.
@@ -86,13 +95,16 @@ def check_same_settings(config: Mapping[str, Any], checkpoint: Path) -> None:
         config: The resolved config, plain data.
         checkpoint: The checkpoint to go on from; one that carries no config passes.
 
+    Returns:
+        What has changed, as allowed.
+
     Raises:
         ConfigError: If they differ in a setting that decides what a training step computes.
         DataError: If the checkpoint cannot be read.
     """
     stored = stored_config(checkpoint)
     if stored is None:
-        return
+        return []
     changes = list(changed_settings(_decoded(stored), config))
     allowed = (config.get("checkpoint") or {}).get("allow_changes") or ()
     refused = [change for change in changes if not change.is_below_any(allowed)]
@@ -107,12 +119,30 @@ def check_same_settings(config: Mapping[str, Any], checkpoint: Path) -> None:
                 key,
                 _why_needless(config, key),
             )
+    return changes
+
+
+def changes_optimizer(changes: "Sequence[Change]") -> bool:
+    """Tell whether settings of the optimizer or its schedule are among those that changed.
+
+    Raises:
+        ConfigError: If it is their class, whose state is another.
+    """
+    found = [change for change in changes if change.is_below_any(_OPTIMIZER_SETTINGS)]
+    for change in found:
+        if change.key in _OPTIMIZER_SETTINGS or change.key.endswith(".class_path"):
+            raise ConfigError(
+                "expected the kind of optimizer and schedule that the checkpoint was trained with; "
+                f"changed: {change}. Set it back, or train anew from the checkpoint's weights."
+            )
+    return bool(found)
 
 
 def _refusal(
     config: Mapping[str, Any], checkpoint: Path, changes: Sequence["Change"]
 ) -> ConfigError:
     named = ", ".join(map(str, changes[:_MAX_NAMED]))
+    keys = ",".join(change.key for change in changes)
     more = f" and {len(changes) - _MAX_NAMED} more" if len(changes) > _MAX_NAMED else ""
     if str(config.get("ckpt_path")) == "auto":
         advice = "choose another `--run_dir`, or start over here with `--checkpoint.overwrite true`"
@@ -120,7 +150,7 @@ def _refusal(
         advice = "leave out `--ckpt_path` and choose another `--run_dir`"
     return ConfigError(
         f"expected the settings that `{checkpoint}` was trained with; changed: {named}{more}. "
-        f"Set them back, name those that may differ in `checkpoint.allow_changes`, or train anew: "
+        f"Set them back, allow them (`--checkpoint.allow_changes '[{keys}]'`), or train anew: "
         f"{advice}."
     )
 
@@ -132,8 +162,10 @@ def _why_needless(config: Mapping[str, Any], key: str) -> str:
         if not isinstance(found, Mapping) or name not in found:
             return "is no setting of this run"
         found = found[name]
-    is_free = names[0] not in _COMPARED or (
-        names[0] == "data" and not _FREE_DATA_SETTINGS.isdisjoint(names)
+    is_free = (
+        names[0] not in _COMPARED
+        or (names[0] == "data" and not _FREE_DATA_SETTINGS.isdisjoint(names))
+        or (names[0] == "trainer" and names[1:2] not in [[name] for name in _seen_of_trainer()])
     )
     return "may always differ" if is_free else "has not changed"
 
@@ -199,7 +231,28 @@ def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> I
     for section in _COMPARED:
         ignored = _FREE_DATA_SETTINGS if section == "data" else frozenset()
         if section in stored and section in current:
-            yield from _differences(stored[section], current[section], section, ignored)
+            before, now = stored[section], current[section]
+            if section == "trainer":
+                before, now = _decisive(before), _decisive(now)
+            yield from _differences(before, now, section, ignored)
+
+
+def _seen_of_trainer() -> tuple[str, ...]:
+    return (*_TRAINER_SETTINGS, "callbacks")
+
+
+def _decisive(trainer: Any) -> dict[str, Any]:
+    """Reduce settings of the trainer to those that decide what a step computes."""
+    if not isinstance(trainer, Mapping):
+        return {}
+    found = {name: trainer[name] for name in _TRAINER_SETTINGS if name in trainer}
+    callbacks = trainer.get("callbacks") or []
+    averages = [
+        callback.get("init_args") or {}
+        for callback in (callbacks if isinstance(callbacks, list) else [callbacks])
+        if isinstance(callback, Mapping) and callback.get("class_path") == _AVERAGE
+    ]
+    return {**found, "callbacks": {_AVERAGE.rpartition(".")[2]: averages}}
 
 
 def _differences(before: Any, now: Any, key: str, ignored: frozenset[str]) -> Iterator[Change]:

@@ -194,6 +194,7 @@ class RewardFineTuningModule(ScoredGeneratorModule):
     @override
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> None:
         self.speed.start()
+        directions = direction_state(self.reward)  # which sampling moves, before all is known
         manual_steps.the_optimizer(self).zero_grad()
         trained = list(trainable_parameters(self).values())
         with manual_steps.local_backward(self.trainer.strategy):
@@ -215,6 +216,8 @@ class RewardFineTuningModule(ScoredGeneratorModule):
         losses = reward_checks.without_blank(len(report.totals) * report.totals + denoising, batch)
         self.reduce_losses(losses, batch)
         self.finish_reduction()
+        if self.skipped is not None:
+            load_direction_state(self.reward, directions)
         norm = manual_steps.step_optimizer(self, trained, self.max_grad_norm)
         self.speed.stop(report)
         if norms is not None:

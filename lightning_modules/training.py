@@ -144,9 +144,8 @@ class TrainingModule(pl.LightningModule):
 
     def reduce_losses(self, losses: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Reduce per-sample losses ``(B,)`` for backward, and count the valid and the bad ones."""
-        valid: Tensor = batch["valid"]
         self._samples.add(losses, batch)
-        return torch.where(valid, losses, 0).sum() / len(valid)
+        return torch.where(batch["valid"], losses, 0).sum() / len(losses)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -184,6 +183,7 @@ class TrainingModule(pl.LightningModule):
             SegalignError: On every rank, if no later step would be better.
         """
         samples, self._samples = self._samples, StepSamples()
+        self.text_totals.commit()
         if samples.counts is None:
             return
         trained = trainable_parameters(self)

@@ -21,6 +21,7 @@ TEMPORARY_MARK = ".tmp-"
 REPLACED_MARK = ".replaced-"
 # Errors for want of room: on the disk, of the user's share of it, under a limit of file sizes.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NO_SYNC = frozenset({errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS})
 _MAX_TRIES = 5
 
 
@@ -100,8 +101,15 @@ def sync_file(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Force a directory's entries to disk, so that a rename in it survives a power cut."""
-    sync_file(path)
+    """Force a directory's entries to disk, so that a rename in it survives a power cut.
+
+    Some network file systems cannot do that to a directory, which is no failure of the writing.
+    """
+    try:
+        sync_file(path)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def usual_mode(directory: Path) -> int:
@@ -202,12 +210,19 @@ def _take_place(temporary: Path, target: Path) -> Path | None:
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a directory so that it is never seen half deleted under its own name."""
+    """Delete a directory so that it is never seen half deleted under its own name.
+
+    What cannot be deleted, such as a file that another machine holds open, stays under a temporary
+    name, which ``recover_directory`` clears away.
+
+    Raises:
+        StorageError: If it cannot even be renamed.
+    """
     with storage_errors(path):
         doomed = temporary_sibling(path)
         path.rename(doomed)
         sync_directory(path.parent)
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def bring_back(parent: Path) -> None:
@@ -243,7 +258,8 @@ def recover_directory(parent: Path) -> list[Path]:
         removed += sorted(set(parent.glob(f".*{TEMPORARY_MARK}*")) - set(replaced))
         for stale in removed:
             if stale.is_dir():
-                shutil.rmtree(stale)
+                # Another machine may still hold a file of it open; it harms nobody.
+                shutil.rmtree(stale, ignore_errors=True)
             else:
                 stale.unlink()
     return removed

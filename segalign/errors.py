@@ -61,6 +61,15 @@ class TerminatedError(StoppedError):
     exit_code = 143
 
 
+class CancelledError(StoppedError):
+    """Training was ended by Ctrl-C, without a checkpoint of its own (exit code 130).
+
+    The same command with ``--ckpt_path auto`` goes on from the last checkpoint.
+    """
+
+    exit_code = 130
+
+
 class PrunedError(StoppedError):
     """Training was stopped by a searcher, because other trials do better (exit code 86).
 

@@ -2,8 +2,8 @@
 
 ::
 
-    RUN/logs/hang.json           that a rank has waited long enough, and which one
-    RUN/logs/hang-rank-3.txt     the stacks of all threads of a rank; empty while it is watched
+    hang.json           that a rank has waited long enough, which one, and in which attempt
+    hang-rank-3.txt     the stacks of all threads of a rank; empty while it is watched
 
 Pure standard library.
 """
@@ -41,6 +41,8 @@ class HangWatcher:
 
     Args:
         folder: Where the stacks go, the same for all ranks.
+        attempt: Tells the processes that run together from all others that write there; the same
+            for all ranks.
         rank: Of this process.
         world_size: Of the run.
         seconds: How long nothing may move.
@@ -51,12 +53,14 @@ class HangWatcher:
         self,
         folder: Path,
         *,
+        attempt: str,
         rank: int,
         world_size: int,
         seconds: float,
         launcher: int | None = None,
     ) -> None:
         self.folder = folder
+        self.attempt = attempt
         self.rank = rank
         self.world_size = world_size
         self.seconds = seconds
@@ -79,7 +83,6 @@ class HangWatcher:
         path = self._path(self.rank)
         with storage_errors(path):
             self._file = path.open("xb", buffering=0)
-        self._stale = self._mark_seen()
         self._last_resort = LastResort(self._file.fileno())
         if _ASK is not None:
             # Forked children, such as those that load data, inherit it with the file.
@@ -100,10 +103,12 @@ class HangWatcher:
         self._last_resort.stop()
         if _ASK is not None:
             faulthandler.unregister(_ASK)
+        path, own = self._path(self.rank), os.fstat(self._file.fileno())
         self._file.close()
-        path = self._path(self.rank)
         with contextlib.suppress(OSError):
-            if path.stat().st_size == 0:
+            found = path.stat()
+            # Another attempt may have put its own in its place.
+            if found.st_size == 0 and os.path.samestat(found, own):
                 path.unlink()
 
     # Files
@@ -119,15 +124,16 @@ class HangWatcher:
                 own = {self._path(rank) for rank in range(self.world_size)}
                 for path in {*self.folder.glob("hang-rank-*.txt")} - own:
                     path.unlink(missing_ok=True)
-                (self.folder / _MARK).unlink(missing_ok=True)
+                if self._told() is None:
+                    (self.folder / _MARK).unlink(missing_ok=True)
 
-    def _mark_seen(self) -> tuple[int, int] | None:
-        """Identify the note that some rank hangs, if there is one."""
+    def _told(self) -> tuple[int, str] | None:
+        """Read which rank of this attempt waits, and since when, if one does."""
         try:
-            found = (self.folder / _MARK).stat()
-        except OSError:
+            told = json.loads((self.folder / _MARK).read_bytes())
+            return (told["rank"], told["since"]) if told["attempt"] == self.attempt else None
+        except (OSError, ValueError, TypeError, KeyError):
             return None
-        return found.st_ino, found.st_mtime_ns
 
     def _num_answers(self) -> int:
         count = 0
@@ -149,7 +155,7 @@ class HangWatcher:
             self._follow_launcher()
             if still >= self.seconds:
                 self._end(f"nothing has moved here for {still:.0f} s", place, is_first=True)
-            if self._mark_seen() not in (None, self._stale):
+            if self._told() is not None:
                 self._end("another rank waits for too long", place, is_first=False)
 
     # Ending
@@ -179,7 +185,8 @@ class HangWatcher:
                 faulthandler.dump_traceback(descriptor, all_threads=True)
         self._ask_children()
         num_answers = self._wait_for_answers()
-        waiting, since = (self.rank, since) if is_first else self._told()
+        own = (self.rank, since)
+        waiting, since = own if is_first else self._told() or ("another", "some time ago")
         self._leave(
             f"error: expected the run to move within {self.seconds:g} s; on rank {waiting} "
             f"nothing has moved since {since}; the stacks of {num_answers} of {self.world_size} "
@@ -189,18 +196,15 @@ class HangWatcher:
         )
 
     def _tell_others(self, since: str) -> None:
-        told = {"rank": self.rank, "seconds": self.seconds, "since": since}
+        told = {
+            "attempt": self.attempt,
+            "rank": self.rank,
+            "seconds": self.seconds,
+            "since": since,
+        }
         # A full disk keeps nobody from ending; the others have watches of their own.
         with contextlib.suppress(OSError):
             write_text_atomic(self.folder / _MARK, json.dumps(told) + "\n")
-
-    def _told(self) -> tuple[int | str, str]:
-        """Read which rank waits, and since when."""
-        try:
-            told = json.loads((self.folder / _MARK).read_bytes())
-            return told["rank"], told["since"]
-        except (OSError, ValueError, TypeError, KeyError):
-            return "another", "some time ago"
 
     def _describe(self, since: str, place: Place) -> str:
         _, name, step, at = self._event

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from segalign.data.limits import BadSampleLimits
 from segalign.data.manifest import Manifest
 from segalign.data.transforms import PADDING_ID
 from segalign.errors import DataError
-from segalign.ranks import own_rank, world_size
+from segalign.ranks import own_rank, together, world_size
 from segalign.types import CaptionBatch, PreferenceBatch
 
 TRAIN: Final = "train"
@@ -25,6 +26,9 @@ class RunAccounts:
     samples in order, such as a validation, counts its last pass. Counts of all ranks are brought
     together where all ranks come together: when a checkpoint is taken and when the run ends. From
     then on rank 0 has them, and the others count from nothing.
+
+    A run may be stopped between two micro-batches of an optimizer step. What it keeps and reports
+    then is as of the last whole step: whoever resumes it consumes all of the other once more.
 
     Args:
         limits: What ends a run.
@@ -40,6 +44,7 @@ class RunAccounts:
         self._shard_sizes: dict[str, dict[str, int]] = {}
         self._num_samples: dict[str, int] = {}
         self._last_ids: dict[str, int] = {}
+        self._last_step: tuple[int, Ledger] | None = None
         self._is_settled = False
 
     # Beginning
@@ -48,6 +53,7 @@ class RunAccounts:
         """Open the accounts of a new run; every rank must call it."""
         self.stages = {}
         self._last_ids = {}
+        self._last_step = None
         self._is_settled = False
         self._alarm.silence()
 
@@ -105,7 +111,10 @@ class RunAccounts:
         if stage == TRAIN:
             self._alarm.raise_if_told(step)
         ledger = self._ledger(stage, ids)
-        ledger.consume(ids, epochs, batch["valid"].tolist(), faults)
+        rows = (ids, epochs, batch["valid"].tolist(), faults)
+        ledger.consume(*rows)
+        if stage == TRAIN:
+            self._ledger_of_step(step).consume(*rows)
         for fault in faults:
             _logger.warning("sample set aside: %s", describe(fault))
         sizes = self._shard_sizes.get(stage, {})
@@ -122,49 +131,71 @@ class RunAccounts:
             self._last_ids[stage] = real[-1] if real else self._last_ids.get(stage, -1)
         return self.stages.setdefault(stage, Ledger(self._num_samples.get(stage)))
 
+    def _ledger_of_step(self, step: int) -> Ledger:
+        """Return what this rank has consumed for a step: nothing where it begins."""
+        if self._last_step is None or self._last_step[0] != step:
+            self._last_step = (step, Ledger(self._num_samples.get(TRAIN)))
+        return self._last_step[1]
+
     # Keeping
 
-    def settle(self) -> dict[str, Ledger]:
+    def settle(self, steps_taken: int | None = None) -> dict[str, Ledger]:
         """Bring the counts of all ranks together, which all must call.
+
+        Args:
+            steps_taken: Whole optimizer steps. What was consumed for another, which is under way,
+                is left out, and stays with its rank. None leaves nothing out.
 
         Returns:
             The ledgers of all ranks together, by stage; on all ranks the same.
         """
-        merged = gather_stages(self.stages)
+        if steps_taken is None or (self._last_step and self._last_step[0] < steps_taken):
+            self._last_step = None
+        own = dict(self.stages)
+        if self._last_step is not None:
+            own[TRAIN] = own[TRAIN].without(self._last_step[1])
+        merged = gather_stages(own)
+        is_first = own_rank() == 0
         for stage, ledger in self.stages.items():
-            is_first = own_rank() == 0
-            self.stages[stage] = (
-                merged[stage]
-                if is_first
-                else Ledger(ledger.num_samples, first_position=ledger.first_position)
-            )
+            empty = Ledger(ledger.num_samples, first_position=ledger.first_position)
+            self.stages[stage] = merged[stage] if is_first else empty
+        if self._last_step is not None:
+            self.stages[TRAIN] = self.stages[TRAIN].merged([self._last_step[1]])
         return merged
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self, steps_taken: int | None) -> dict[str, Any]:
         """Return plain values to go on counting from; every rank must call it.
 
         What is too much only over all ranks is seen here, and raised at the next step.
+
+        Args:
+            steps_taken: Whole optimizer steps; what was consumed for another is left out. None
+                leaves nothing out.
         """
-        merged = self.settle()
+        merged = self.settle(steps_taken)
         excess = self._find_excess(merged)
         if excess is not None and TRAIN in self.stages:
-            self._alarm.tell_later(excess, step)
+            self._alarm.tell_later(excess, steps_taken or 0)
         return {stage: ledger.state() for stage, ledger in merged.items()}
 
-    def close(self, folder: Path | None, position: int | None) -> None:
+    def close(
+        self, folder: Path | None, position: int | None, steps_taken: int | None = None
+    ) -> None:
         """Report and check the accounts of all ranks, which all must call.
 
         Args:
             folder: Where rank 0 writes the report; None writes none.
             position: Positions that the steps of the training have consumed.
+            steps_taken: These steps; what was consumed for another, which the run was stopped in,
+                is left out. None leaves nothing out.
 
         Raises:
             DataError: If the samples of whole steps are not those of the sequence, each once, or
                 too many could not be read.
         """
-        merged = self.settle()
+        merged = self.settle(steps_taken)
         self._is_settled = True
-        _write(folder, merged)
+        together(partial(_write, folder, merged))
         train = merged.get(TRAIN)
         if train is not None and train.end_position == position:
             train.check_identity()

@@ -49,6 +49,13 @@ class EpochAccount:
         self.id_sum += other.id_sum
         self.shards.update(other.shards)
 
+    def remove(self, other: "EpochAccount") -> None:
+        """Take away counts that were added."""
+        self.delivered -= other.delivered
+        self.quarantined -= other.quarantined
+        self.id_sum -= other.id_sum
+        self.shards -= other.shards
+
 
 class Ledger:
     """Count what steps consume, per epoch, on one rank; ledgers of all ranks can be merged.
@@ -143,6 +150,19 @@ class Ledger:
             total.num_quarantined += ledger.num_quarantined
             total.records = _first_records(total.records, ledger.records)
         return total
+
+    def without(self, some: "Ledger") -> "Ledger":
+        """Return this ledger less some of its own counts, the last of the sequence."""
+        rest = self.merged([])
+        rest.delivered -= some.delivered
+        rest.num_quarantined -= some.num_quarantined
+        for epoch, account in some.epochs.items():
+            rest.epochs[epoch].remove(account)
+            if not rest.epochs[epoch].reached:
+                del rest.epochs[epoch]
+        left_out = {record["position"] for record in some.records}
+        rest.records = [one for one in rest.records if one["position"] not in left_out]
+        return rest
 
     # What is kept of it
 

@@ -259,6 +259,28 @@ def test_a_run_resumed_on_other_ranks_reports_the_same(fit, straight, tmp_path, 
     assert reports(run_dir) == reports(straight)
 
 
+STOP = ("--trainer.callbacks+=stop_between.StopBetween", "--trainer.callbacks.at_step=5")
+
+
+def check_stopped_between(
+    fit: Any, straight: Path, run_dir: Path, num_ranks: int, broken=()
+) -> None:
+    """Stop a run in the middle of a step and resume it: each sample is accounted for once."""
+    halves = ("--trainer.accumulate_grad_batches=2", "--allow_import=stop_between")
+    stopped = fit(run_dir, *halves, *STOP, num_ranks=num_ranks, broken=broken)
+    assert [code for code, _ in stopped] == [0] * num_ranks, stopped
+    # A sixth step had begun, of which a half was consumed.
+    check_report(reports(run_dir)["train"], 5 * BATCH_SIZE)
+    resumed = fit(run_dir, *halves, num_ranks=num_ranks, broken=broken)
+    assert [code for code, _ in resumed] == [0] * num_ranks, resumed
+    assert reports(run_dir)["train"] == reports(straight)["train"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_stop_in_the_middle_of_a_step_loses_no_counts(fit, straight, tmp_path, num_ranks):
+    check_stopped_between(fit, straight, tmp_path / "run", num_ranks)
+
+
 def check_strict(fit: Any, run_dir: Path, broken=()) -> None:
     """See that all ranks end alike when one of them finds too much."""
     started = time.monotonic()
@@ -296,6 +318,12 @@ def test_keeping_that_is_broken_is_caught(fit, straight, tmp_path, broken):
         check_resumed(fit, straight, tmp_path / "run", 1, broken=(broken,))
 
 
+def test_counting_of_steps_under_way_is_caught(fit, straight, tmp_path):
+    broken = (broken_data.steps_under_way_are_counted,)
+    with pytest.raises(AssertionError):
+        check_stopped_between(fit, straight, tmp_path / "run", 1, broken=broken)
+
+
 def test_counting_of_reads_is_caught(fit, tmp_path):
     run_dir = tmp_path / "run"
     fit(run_dir, broken=(broken_data.reads_are_counted,))
@@ -319,5 +347,6 @@ def test_an_end_of_one_rank_alone_is_caught(fit, tmp_path, is_nightly):
 
 
 BROKEN = (
-    *COUNTING, *ALONE, *TOGETHER, broken_data.reads_are_counted, broken_data.a_rank_ends_alone
+    *COUNTING, *ALONE, *TOGETHER, broken_data.steps_under_way_are_counted,
+    broken_data.reads_are_counted, broken_data.a_rank_ends_alone,
 )  # fmt: skip

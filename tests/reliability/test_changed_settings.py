@@ -1,6 +1,7 @@
 """A run goes on with changed settings only if it is told to, and records it."""
 
 import json
+import math
 import re
 
 import broken_checkpoints
@@ -62,6 +63,55 @@ def test_a_changed_setting_is_caught_broken(fit, tmp_path):
     broken = ("broken_checkpoints.allows_any_change",)
     with pytest.raises(AssertionError):
         check_changes(fit, tmp_path / "run", broken)
+
+
+def rates(run_dir):
+    lines = (run_dir / "losses.jsonl").read_text().splitlines()
+    return {record["step"]: record["lr"] for record in map(json.loads, lines)}
+
+
+def check_rates(fit, run_dir, broken=()):
+    """Train on with a longer schedule of another rate, as allowed: both take effect."""
+    name = "segalign.lr_schedule.WarmupCosineLR"
+    schedule = f"--model.init_args.lr_scheduler={name}"
+    length = "--model.init_args.lr_scheduler.init_args.total_steps"
+    code, output = fit("--trainer.max_steps=4", schedule, f"{length}=4")
+    assert code == 0, output
+    keys = ("optimizer.init_args.lr", "lr_scheduler.init_args.total_steps")
+    allowed = ",".join(f"model.init_args.{key}" for key in keys)
+    changed = [
+        "--trainer.max_steps=8", schedule, f"{length}=8", "--model.init_args.optimizer.lr=0.5",
+    ]  # fmt: skip
+    code, output = fit(*changed, f"--checkpoint.allow_changes=[{allowed}]", broken=broken)
+    assert code == 0, output
+    # The rate is logged after the schedule's step: that of the next step.
+    wanted = {step: 0.5 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(5, 9)}
+    found = rates(run_dir)
+    assert {step: found[step] for step in wanted} == pytest.approx(wanted), output
+
+
+def test_an_allowed_rate_and_schedule_take_effect(fit, tmp_path):
+    check_rates(fit, tmp_path / "run")
+
+
+def test_a_rate_that_takes_no_effect_is_caught_broken(fit, tmp_path):
+    with pytest.raises(AssertionError, match="approx"):
+        check_rates(fit, tmp_path / "run", ("broken_resume.changed_rates_are_undone",))
+
+
+def test_a_schedule_that_is_over_is_refused(fit):
+    name = "torch.optim.lr_scheduler.OneCycleLR"
+    schedule = [
+        f"--model.init_args.lr_scheduler={name}",
+        "--model.init_args.lr_scheduler.init_args.max_lr=0.1",
+    ]
+    length = "--model.init_args.lr_scheduler.init_args.total_steps"
+    code, output = fit("--trainer.max_steps=6", *schedule, f"{length}=8")
+    assert code == 0, output
+    allowed = "--checkpoint.allow_changes=[model.init_args.lr_scheduler]"
+    code, output = fit("--trainer.max_steps=9", *schedule, f"{length}=4", allowed)
+    assert code == REFUSED, output
+    assert re.findall("^error: expected a schedule that reaches step 6", output, re.MULTILINE)
 
 
 def test_a_checkpoint_holds_what_resuming_takes_and_no_pickle(fit, tmp_path):

@@ -1,5 +1,6 @@
 """A full disk costs the save that found no room, and is told in one line."""
 
+import csv
 import errno
 import json
 import re
@@ -202,6 +203,60 @@ def test_all_ranks_go_on_alike(fit, disk, tmp_path):
     assert newest_checkpoint(disk / "run").name == "step-00000016"
 
 
+LOGGING = ("--trainer.log_every_n_steps=5", "--checkpoint.every_n_steps=5")
+
+
+def check_full_logs(fit, disk, folder, num_ranks, broken=()):
+    filling = {"at_step": 3}
+    found = fit(disk / "run", folder, *LOGGING, filling=filling, num_ranks=num_ranks, broken=broken)
+    assert [code for code, _ in found] == [FULL] * num_ranks, found
+    lines = {error_line(output) for _, output in found}
+    assert len(lines) == 1, lines
+    assert "/logs/" in lines.pop()
+
+
+def check_logs_wait(fit, disk, folder, num_ranks, broken=()):
+    options = [*LOGGING, "--checkpoint.max_failed_saves=9", "--trainer.max_steps=20"]
+    filling = {"at_step": 3, "empty_at": 12}
+    found = fit(disk / "run", folder, *options, filling=filling, num_ranks=num_ranks, broken=broken)
+    assert [code for code, _ in found] == [0] * num_ranks, found
+    outputs = "".join(output for _, output in found)
+    assert outputs.count("going on without a checkpoint, failure ") == 2, outputs
+    assert logged_steps(disk / "run") == [4, 9, 14, 19]
+    assert newest_checkpoint(disk / "run").name == "step-00000020"
+
+
+def logged_steps(run_dir):
+    rows = csv.DictReader((run_dir / "logs" / "metrics.csv").read_text().splitlines())
+    return [int(row["step"]) for row in rows if row["train/loss"]]
+
+
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.distributed)])
+def test_logs_of_a_step_with_a_checkpoint_end_a_run_in_one_line(fit, disk, tmp_path, num_ranks):
+    check_full_logs(fit, disk, tmp_path / "logs", num_ranks)
+
+
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.distributed)])
+def test_logs_wait_where_saves_may_fail(fit, disk, tmp_path, num_ranks):
+    check_logs_wait(fit, disk, tmp_path / "logs", num_ranks)
+
+
+def check_long_wait(fit, disk, folder, broken=()):
+    options = [
+        "--checkpoint.max_failed_saves=9", "--checkpoint.every_n_steps=100",
+        "--trainer.log_every_n_steps=1", "--trainer.max_steps=260",
+    ]  # fmt: skip
+    filling = {"at_step": 7, "empty_at": 230}
+    ((code, output),) = fit(disk / "run", folder, *options, filling=filling, broken=broken)
+    assert code == 0, output
+    assert output.count("rows of the log wait") == 2, output  # once for each of the two logs
+    assert logged_steps(disk / "run") == list(range(260))
+
+
+def test_all_rows_are_there_once_there_is_room(fit, disk, tmp_path):
+    check_long_wait(fit, disk, tmp_path / "logs")
+
+
 # Broken
 
 
@@ -249,7 +304,22 @@ def test_ranks_are_caught_broken(fit, disk, tmp_path, is_nightly):
         )
 
 
+@pytest.mark.parametrize("check", [check_logs_wait, check_full_logs])
+@pytest.mark.distributed
+def test_logs_of_ranks_are_caught_broken(fit, disk, tmp_path, check):
+    broken = (name_of(broken_checkpoints.raises_in_mid_step),)
+    with pytest.raises(AssertionError):
+        check(fit, disk, tmp_path / "logs", 2, broken)
+
+
+def test_a_long_wait_is_caught_broken(fit, disk, tmp_path):
+    broken = (name_of(broken_checkpoints.raises_in_mid_step),)
+    with pytest.raises(AssertionError):
+        check_long_wait(fit, disk, tmp_path / "logs", broken)
+
+
 BROKEN = (
+    broken_checkpoints.raises_in_mid_step,
     *BROKEN_WRITES,
     broken_checkpoints.puts_nothing_back,
     broken_checkpoints.loses_rows,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import psutil
 import pytest
-from rank_runs import RankRuns, family, lives
+from rank_runs import RankRuns, family, lives, num_batches
 
 from segalign.hang_watcher import HANG_EXIT_CODE
 
@@ -64,7 +64,8 @@ def check_hangs(runs, cases, broken=(), longest=LONGEST_ATTEMPT):
         started[name] = fits, heads
     ended = watch({head for _, heads in started.values() for head in heads}, longest)
     for name, (fits, heads) in started.items():
-        codes = [fits.server.wait(head, 0) for head in heads]
+        # All have ended, or were killed; it may take a moment until the last thread has.
+        codes = [fits.server.wait(head, 5) for head in heads]
         check_one(name, cases[name], fits, codes)
     assert ended == [], f"{len(ended)} processes are left"
 
@@ -119,15 +120,42 @@ def test_slow_work_is_left_alone(runs):
     check_slow_work(runs)
 
 
+NOTE = '{"attempt": "another", "rank": 0, "seconds": 2, "since": "then"}'
+
+
 def test_what_an_earlier_hang_has_left_ends_no_other_attempt(runs):
     fits = runs("stale")
     logs = fits.folder / "run" / "logs"
     logs.mkdir(parents=True)
-    (logs / "hang.json").write_text('{"rank": 0, "seconds": 2, "since": "then"}')
+    (logs / "hang.json").write_text(NOTE)
     for rank in range(3):
         (logs / f"hang-rank-{rank}.txt").write_text("stacks")
     assert fits.run(logs.parent, "--hang_watch.seconds=10") == [0, 0], fits.said()
     assert list(logs.glob("hang*")) == []
+
+
+def check_other_attempts(runs, broken=()):
+    """Let another attempt note in the same folder, while both ranks work, that it hangs."""
+    fits = runs("other")
+    run_dir = fits.folder / "run"
+    slow = [
+        "--trainer.max_steps=6",
+        "--trainer.callbacks+=toy_hangs.Slow",
+        "--trainer.callbacks.init_args={seconds: 0.3, hook_seconds: 0}",
+    ]
+    heads = fits.start(run_dir, "--hang_watch.seconds=4", *slow, broken=broken)
+    deadline = time.monotonic() + LONGEST_ATTEMPT
+    while min(num_batches(run_dir, 0), num_batches(run_dir, 1)) < 1:
+        assert time.monotonic() < deadline, fits.said()
+        time.sleep(0.01)
+    (run_dir / "logs" / "hang.json").write_text(NOTE)
+    codes = [fits.server.wait(head, LONGEST_ATTEMPT) for head in heads]
+    assert codes == [0, 0], fits.said()
+    assert (run_dir / "logs" / "hang.json").read_text() == NOTE
+
+
+def test_another_attempt_that_hangs_ends_no_run(runs):
+    check_other_attempts(runs)
 
 
 # What breaks the watch, and what finds that.
@@ -139,6 +167,7 @@ BROKEN = {
     "broken_hangs.needs_the_interpreter": "interpreter",
     "broken_hangs.leaves_workers": "worker",
     "broken_hangs.watches_batches_alone": "slow work",
+    "broken_hangs.believes_every_attempt": "other attempts",
 }
 
 
@@ -154,5 +183,7 @@ def test_a_broken_watch_is_caught(runs, variant, is_nightly):
 def check_broken(runs, name, variant):
     if name == "slow work":
         check_slow_work(runs, (variant,))
+    elif name == "other attempts":
+        check_other_attempts(runs, (variant,))
     else:
         check_hangs(runs, {name: CASES[name]}, (variant,), longest=15.0)

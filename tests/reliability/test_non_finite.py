@@ -59,6 +59,7 @@ def check_a_bad_step_changes_nothing(bads: list[Bad], folder: Path, broken: str 
             told = f"{bad}, seen by rank {rank}"
             expected = found[by_hand[bad]][rank]
             assert any(name.startswith("exp_avg") or "momentum" in name for name in seen["before"])
+            assert ("direction 0" in seen["before"]) == (bad.module == "reward"), told
             assert seen["before"] == seen["after"], told
             assert seen["end"] == expected["end"], told
             assert seen["end"] != seen["after"], told
@@ -116,6 +117,12 @@ def test_a_bad_step_is_caught_broken(broken, tmp_path):
     expected = (ProcessRaisedException, "NonFiniteError: ") if raised else (AssertionError, "line")
     with pytest.raises(expected[0], match=expected[1]):
         check_a_bad_step_changes_nothing(LINE, tmp_path, f"broken_non_finite.{broken}")
+
+
+def test_a_direction_that_moves_is_caught(tmp_path):
+    broken = f"broken_non_finite.{broken_non_finite.the_direction_moves.__name__}"
+    with pytest.raises(AssertionError, match="module='reward'"):
+        check_a_bad_step_changes_nothing([Bad("reward", "reward")], tmp_path, broken)
 
 
 OPTIMIZERS = {
@@ -278,4 +285,6 @@ def test_a_count_is_caught_broken(broken, server, command, tmp_path):
         check_a_resumed_run_counts_on(server, command, tmp_path, (f"broken_non_finite.{broken}",))
 
 
-BROKEN = (*BROKEN_STEPS, *BROKEN_ENDS, *BROKEN_COUNTS)
+BROKEN = (
+    *BROKEN_STEPS, broken_non_finite.the_direction_moves, *BROKEN_ENDS, *BROKEN_COUNTS
+)  # fmt: skip

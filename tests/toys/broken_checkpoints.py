@@ -167,15 +167,23 @@ def loses_rows():
     """Forgets the rows of a log that found no room."""
     from callbacks import run_loggers
 
-    save = run_loggers.RunCSVLogger.save
+    write = run_loggers.RunCSVLogger._write
 
-    def save_or_forget(self):
+    def write_or_forget(self, *, sync):
         try:
-            save(self)
+            write(self, sync=sync)
         except OSError:
             self._waiting.clear()
 
-    run_loggers.RunCSVLogger.save = save_or_forget
+    run_loggers.RunCSVLogger._write = write_or_forget
+
+
+def raises_in_mid_step():
+    """Ends rank 0 where Lightning saves the loggers and their disk is full."""
+    from callbacks import run_loggers, tensorboard_log
+
+    for logger in (run_loggers.RunCSVLogger, tensorboard_log.RunTensorBoardLogger):
+        logger.save = logger.flush_all
 
 
 def allows_any_change():

@@ -108,6 +108,12 @@ def counts_are_not_stored() -> None:
     accounts.RunAccounts.state = lambda *_: {}
 
 
+def steps_under_way_are_counted() -> None:
+    """Stores and reports what was consumed, whether its step is whole or not."""
+    settle = accounts.RunAccounts.settle
+    accounts.RunAccounts.settle = lambda self, steps_taken=None: settle(self)
+
+
 def each_rank_stores_its_own_counts() -> None:
     """Stores the accounts of rank 0 for those of all."""
     accounts.gather_stages = lambda stages: {name: each.merged([]) for name, each in stages.items()}

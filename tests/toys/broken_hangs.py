@@ -25,6 +25,16 @@ def takes_polling_for_work() -> None:
     hang_watcher.place_of = lambda _: (next(counter),)
 
 
+def believes_every_attempt() -> None:
+    """A note in the folder counts, whoever has written it."""
+    from segalign.hang_watcher import HangWatcher
+
+    def told(self):
+        return (0, "then") if (self.folder / "hang.json").exists() else None
+
+    HangWatcher._told = told
+
+
 def dumps_its_own_rank_alone() -> None:
     """A rank that waits neither tells the others nor gives them time."""
     from segalign.hang_watcher import HangWatcher

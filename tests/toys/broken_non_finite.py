@@ -5,7 +5,7 @@ import torch
 import callbacks.ema
 import segalign.skipped_steps
 from callbacks.non_finite import NonFiniteSteps
-from lightning_modules import training
+from lightning_modules import reward_finetuning, training
 from lightning_modules.step_samples import StepSamples
 from segalign.errors import NonFiniteError
 
@@ -65,6 +65,11 @@ def only_gradients_are_looked_at():
 def the_average_moves():
     """Averages the weights once more after a step that was skipped."""
     callbacks.ema.skipped_step = lambda module: None
+
+
+def the_direction_moves():
+    """Keeps what a reward has learnt of the common direction in a step that was skipped."""
+    reward_finetuning.load_direction_state = lambda reward, state: None
 
 
 def nothing_is_counted():

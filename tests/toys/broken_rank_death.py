@@ -32,4 +32,8 @@ def waits_for_the_dead() -> None:
 
 
 BUSY = ("broken_rank_death.follows_nobody", "broken_rank_death.looks_at_the_launcher_and_goes_on")
-RESUMED = ("broken_rank_death.draws_go_on", "broken_rank_death.waits_for_the_dead")
+# What is found, too.
+RESUMED = {
+    "broken_rank_death.draws_go_on": "losses differ",
+    "broken_rank_death.waits_for_the_dead": "lived on",
+}

@@ -19,7 +19,10 @@ def ends_at_once() -> None:
 
 
 def saves_in_the_handler() -> None:
-    """The handler saves where the signal has found the run, and ends it there."""
+    """The handler takes the step under way for done, saves, asks to come back, and ends the run."""
+    import signal
+
+    from callbacks import preemption
     from callbacks.preemption import Preemption
     from callbacks.signal_flag import SignalFlag
     from segalign.errors import PreemptedError
@@ -37,8 +40,11 @@ def saves_in_the_handler() -> None:
 
         (trainer,) = trainers
         run_dir = Path(trainer.default_root_dir)
-        # A step too early to be the same state, as it is in the middle of the next one.
-        trainer.save_checkpoint(checkpoint_path(run_dir, trainer.global_step + 1))
+        progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
+        progress.optimizer.step.increment_completed()
+        trainer.save_checkpoint(checkpoint_path(run_dir, trainer.global_step))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which ends a job that is put back
+        preemption.requeue(20)
         raise PreemptedError("stopped in the handler")
 
     Preemption.setup = remember
@@ -56,7 +62,14 @@ def forgets_the_validation() -> None:
     """A checkpoint does not say that a validation is due."""
     from callbacks.unfinished_step import UnfinishedStep
 
-    UnfinishedStep.store = lambda self, checkpoint: checkpoint.update(validation_due=False)
+    store = UnfinishedStep.store
+
+    def forget(self, trainer, checkpoint):
+        store(self, trainer, checkpoint)
+        assert "validation_due" in checkpoint
+        checkpoint["validation_due"] = False
+
+    UnfinishedStep.store = forget
 
 
 def talks_in_the_handler() -> None:
@@ -67,8 +80,9 @@ def talks_in_the_handler() -> None:
 
 
 QUICK = ("broken_signals.asks_twice", "broken_signals.ends_at_once")
+# The number of ranks, and what is found.
 LONG = {
-    "broken_signals.saves_in_the_handler": 1,
-    "broken_signals.forgets_the_validation": 1,
-    "broken_signals.agrees_with_nobody": 2,
+    "broken_signals.saves_in_the_handler": (1, "losses differ"),
+    "broken_signals.forgets_the_validation": (1, "rows are missing"),
+    "broken_signals.agrees_with_nobody": (2, "blocked"),
 }

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from command_server import BUG
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -36,6 +38,7 @@ class CommandServer:
             cwd=REPOSITORY,
         )
         self.last = 0
+        self._logs: dict[int, Path] = {}
 
     def start(
         self,
@@ -57,6 +60,7 @@ class CommandServer:
         """
         order = {"start": arguments, "log": str(log), "variables": variables or {}}
         self.last = self._ask({**order, "broken": broken})
+        self._logs[self.last] = log
         return self.last
 
     def wait(self, process: int | None = None, seconds: float = 300.0) -> int:
@@ -64,8 +68,16 @@ class CommandServer:
 
         Returns:
             Its exit code; ``NEVER_ENDED`` if it had to be killed after so many seconds.
+
+        Raises:
+            RuntimeError: If what should break something does not fit the code that it breaks.
         """
-        return self._ask({"wait": self.last if process is None else process, "seconds": seconds})
+        process = self.last if process is None else process
+        code = self._ask({"wait": process, "seconds": seconds})
+        if code == BUG:
+            tail = self._logs[process].read_text(errors="replace")[-3000:]
+            raise RuntimeError(f"the variant itself is broken: {tail}")
+        return code
 
     def start_ranks(
         self,

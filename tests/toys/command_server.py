@@ -12,9 +12,11 @@ import signal
 import sys
 import time
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 NEVER_ENDED = 1000
+BUG = 99  # what a process that was broken in the wrong way ends with; see `end_with`
 
 
 def answer(number: int) -> None:
@@ -78,12 +80,28 @@ def obey(order: dict[str, Any]) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(order["variables"])
-    code = 1
-    try:
+
+    def command() -> int:
         for name in order["broken"]:
             module, _, function = name.rpartition(".")
             getattr(importlib.import_module(module), function)()
-        code = main.main(order["start"])
+        return main.main(order["start"])
+
+    end_with(command, is_broken=bool(order["broken"]))
+
+
+def end_with(command: Callable[[], int], *, is_broken: bool) -> NoReturn:
+    """Run a command and end this process with its exit code.
+
+    Of a process that was broken on purpose, an error as from a slip in the code gives ``BUG``: a
+    variant that raises such an error would be caught by every test, and show nothing.
+    """
+    code = 1
+    try:
+        code = command()
+    except (TypeError, AttributeError, NameError, ImportError):
+        traceback.print_exc()
+        code = BUG if is_broken else 1
     except BaseException:  # noqa: BLE001 - os._exit would hide it
         traceback.print_exc()
     finally:

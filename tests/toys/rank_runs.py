@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import psutil
 from command_client import CommandServer
+from command_server import end_with
 
 from segalign.run_directory import newest_checkpoint
 
@@ -98,11 +99,8 @@ def fork_instead_of_importing() -> None:
             if self.pid == 0:
                 os.environ.clear()
                 os.environ.update(env)
-                code = 1
-                try:
-                    code = main.main(json.loads(env[_ARGUMENTS]))
-                finally:
-                    os._exit(code)
+                arguments = json.loads(env[_ARGUMENTS])
+                end_with(lambda: main.main(arguments), is_broken=True)
 
         def poll(self):
             if self.returncode is None:
@@ -157,15 +155,16 @@ def assert_same_ranks(broken: Path, straight: Path, missing_rows: int = 0) -> No
     caller allows so many times.
     """
     for rank in range(len(list(straight.glob("losses-*.jsonl")))):
-        assert rank_losses(broken, rank) == rank_losses(straight, rank), rank
+        assert rank_losses(broken, rank) == rank_losses(straight, rank), f"losses differ: {rank}"
     for name in ("model", "ema", "optimizer"):
         one, other = (newest_checkpoint(run) / f"{name}.safetensors" for run in (broken, straight))
         assert one.read_bytes() == other.read_bytes(), name
     rows, wanted = (
         (run / "logs" / "metrics.csv").read_text().split() for run in (broken, straight)
     )
-    assert [row for row in wanted if row in rows] == rows
-    assert len(wanted) - len(rows) <= missing_rows
+    assert [row for row in wanted if row in rows] == rows, "rows differ"
+    missing = [row for row in wanted if row not in rows]
+    assert len(wanted) - len(rows) <= missing_rows, f"rows are missing: {missing}"
 
 
 def rank_losses(run_dir: Path, rank: int) -> dict[int, str]:
@@ -173,5 +172,6 @@ def rank_losses(run_dir: Path, rank: int) -> dict[int, str]:
     records: dict[int, str] = {}
     for line in (run_dir / f"losses-{rank}.jsonl").read_text().splitlines():
         record = json.loads(line)
-        assert records.setdefault(record["batch"], record["loss"]) == record["loss"], record
+        first = records.setdefault(record["batch"], record["loss"])
+        assert first == record["loss"], f"losses differ: {first}, {record}"
     return records

@@ -246,7 +246,7 @@ def check_logs(folder: str, spaces: list[int]) -> None:
         failed = 0
         for logger in loggers:
             try:
-                logger.save()
+                logger.flush_all()
             except FullDiskError as error:
                 check_line(error, f"{run_dir}/logs/")
                 failed += 1
@@ -267,6 +267,7 @@ def log(loggers, steps) -> None:
     for step in steps:
         for logger in loggers:
             logger.log_metrics({"train/loss": step / 7}, step)
+            logger.save()  # as Lightning does
 
 
 # The side of a run

@@ -23,6 +23,7 @@ from callbacks.ema import EMA
 from callbacks.non_finite import NonFiniteSteps
 from lightning_modules.sharded_strategy import ShardedStrategy
 from lightning_modules.training import TrainingModule
+from segalign.rewards.common_direction import EmaDirection
 from segalign.rewards.mixture import RewardMixture, WeightedReward
 from segalign.rng import counter_normal
 from segalign.sharded_tensors import local
@@ -105,17 +106,30 @@ class Spoil(Callback):
 
 
 class ByHand(Callback):
-    """Keep the optimizer from one step, and the average too."""
+    """Keep the optimizer from one step, and the averages too."""
+
+    def __init__(self):
+        super().__init__()
+        self.means = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == BAD_STEP:
+            self.means = [one.mean.clone() for one in learnt_directions(pl_module)]
             trainer.optimizers[0].step = lambda closure=None: closure and closure()
             pl_module.ema.update = lambda module: None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == BAD_STEP + 1:
+            for one, mean in zip(learnt_directions(pl_module), self.means, strict=True):
+                one.mean = mean
             vars(trainer.optimizers[0]).pop("step", None)
             vars(pl_module.ema).pop("update", None)
+
+
+def learnt_directions(module):
+    """Return the moving averages in a module's reward, if it has one."""
+    reward = getattr(module, "reward", None) or nn.Module()
+    return [one for one in reward.modules() if isinstance(one, EmaDirection)]
 
 
 def digest(tensor):
@@ -136,6 +150,8 @@ class Snapshots(Callback):
             for moment, value in optimizer.state.get(weight, {}).items():
                 if isinstance(value, torch.Tensor):
                     tensors[f"{moment} {key}"] = value
+        for number, one in enumerate(learnt_directions(module)):
+            tensors[f"direction {number}"] = one.mean.clone()
         tensors |= {f"ema {key}": value for key, value in module.ema.weights.items()}
         self.found[name] = {key: digest(value) for key, value in tensors.items()}
         self.found[f"{name}: numbers"] = {
@@ -182,7 +198,7 @@ class FailingReward:
     part: nn.Module
 
     def load(self):
-        parts = {"clip": ClipSource().load(), "fails": self.part}
+        parts = {"clip": ClipSource(EmaDirection).load(), "fails": self.part}
         return RewardMixture({name: WeightedReward(reward=one) for name, one in parts.items()})
 
 

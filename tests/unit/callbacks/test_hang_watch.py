@@ -83,13 +83,13 @@ def run(program: str, tmp_path: Path, seconds: float = 60) -> subprocess.Complet
 
 
 WATCH = """
-import multiprocessing, os, sys, time
+import multiprocessing, os, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from segalign import hang_watcher
 from segalign.hang_watcher import HangWatcher
 folder = Path(sys.argv[1]) / "logs"
-watcher = HangWatcher(folder, rank=0, world_size=1, seconds=0.4)
+watcher = HangWatcher(folder, attempt="this", rank=0, world_size=1, seconds=0.4)
 """
 
 
@@ -103,7 +103,7 @@ def test_a_hang_leaves_stacks_a_note_and_one_line(tmp_path):
     assert "rank 0 of 1, process " in stacks
     assert stacks.startswith("nothing has moved here for 0 s\n")
     told = json.loads((tmp_path / "logs" / "hang.json").read_text())
-    assert (told["rank"], told["seconds"]) == (0, 0.4)
+    assert (told["attempt"], told["rank"], told["seconds"]) == ("this", 0, 0.4)
     assert "in wait_here" in ended.stderr
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert line == (
@@ -178,9 +178,9 @@ watcher.stop()
 
 def test_another_rank_that_hangs_ends_a_rank_that_moves(tmp_path):
     program = """
-watcher = HangWatcher(folder, rank=1, world_size=2, seconds=2)
+watcher = HangWatcher(folder, attempt="this", rank=1, world_size=2, seconds=2)
 watcher.start()
-(folder / "hang.json").write_text('{"rank": 0, "since": "noon"}')
+(folder / "hang.json").write_text('{"attempt": "this", "rank": 0, "since": "noon"}')
 while True:
     watcher.note("a step", 3)
     time.sleep(0.01)
@@ -197,7 +197,10 @@ def test_a_rank_ends_some_time_after_the_one_that_started_it(tmp_path):
 hang_watcher._ORPHAN_SECONDS = 0.2
 if os.fork() == 0:
     sys.stdout.close()
-    watcher = HangWatcher(folder, rank=1, world_size=2, seconds=5, launcher=os.getppid())
+    launcher = os.getppid()
+    watcher = HangWatcher(
+        folder, attempt="this", rank=1, world_size=2, seconds=5, launcher=launcher
+    )
     watcher.start()
     (folder / "pid").write_text(str(os.getpid()))
     time.sleep(60)
@@ -214,7 +217,7 @@ os._exit(0)
 
 def test_a_stopped_watch_leaves_nothing(tmp_path):
     before = {thread.name for thread in threading.enumerate()}
-    watcher = HangWatcher(tmp_path / "logs", rank=0, world_size=1, seconds=100)
+    watcher = HangWatcher(tmp_path / "logs", attempt="this", rank=0, world_size=1, seconds=100)
     watcher.start()
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["hang-rank-0.txt"]
     assert {thread.name for thread in threading.enumerate()} - before == {"hang watch"}
@@ -226,24 +229,68 @@ def test_a_stopped_watch_leaves_nothing(tmp_path):
 def test_what_an_earlier_attempt_has_left_is_removed_or_ignored(tmp_path):
     for name in ("hang.json", "hang-rank-0.txt", "hang-rank-1.txt", "hang-rank-7.txt"):
         (tmp_path / name).write_text("{}")
-    second = HangWatcher(tmp_path, rank=1, world_size=2, seconds=100)
+    second = HangWatcher(tmp_path, attempt="this", rank=1, world_size=2, seconds=100)
     second.start()
-    assert second._stale == second._mark_seen() is not None
-    first = HangWatcher(tmp_path, rank=0, world_size=2, seconds=100)
+    assert (tmp_path / "hang.json").exists()
+    assert second._told() is None
+    first = HangWatcher(tmp_path, attempt="this", rank=0, world_size=2, seconds=100)
     first.start()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "hang-rank-0.txt",
         "hang-rank-1.txt",
     ]
-    assert second._mark_seen() is None
     first.stop()
     second.stop()
+
+
+OTHER_ATTEMPT = """
+watcher.start()
+program = (
+    "import sys, time; from pathlib import Path; from segalign.hang_watcher import HangWatcher; "
+    "HangWatcher(Path(sys.argv[1]), attempt='other', rank=0, world_size=1, seconds=0.4).start(); "
+    "time.sleep(60)"
+)
+other = subprocess.Popen([sys.executable, "-c", program, str(folder)])
+while other.poll() is None:
+    watcher.note("a step", 3)
+    time.sleep(0.01)
+assert (folder / "hang.json").exists()
+ended = time.monotonic()
+while time.monotonic() < ended + 1:
+    watcher.note("a step", 4)
+    time.sleep(0.01)
+watcher.stop()
+print(other.returncode)
+"""
+
+
+def test_another_attempt_that_hangs_in_the_same_folder_ends_nobody_else(tmp_path):
+    ended = run(WATCH + OTHER_ATTEMPT, tmp_path)
+    assert (ended.returncode, ended.stdout) == (0, f"{HANG_EXIT_CODE}\n"), ended.stderr
+    stacks = (tmp_path / "logs" / "hang-rank-0.txt").read_text()
+    assert "<module>" in stacks  # of the one that hung
+
+
+def test_a_stopped_watch_leaves_the_file_of_another_attempt(tmp_path):
+    first = HangWatcher(tmp_path, attempt="this", rank=0, world_size=1, seconds=100)
+    first.start()
+    (tmp_path / "hang-rank-0.txt").unlink()
+    (tmp_path / "hang-rank-0.txt").touch()
+    first.stop()
+    assert (tmp_path / "hang-rank-0.txt").exists()
+
+
+def test_a_first_rank_that_comes_late_keeps_the_note_of_its_own_attempt(tmp_path):
+    (tmp_path / "hang.json").write_text('{"attempt": "this", "rank": 1, "since": "noon"}')
+    watcher = HangWatcher(tmp_path, attempt="this", rank=0, world_size=2, seconds=100)
+    watcher._clean()
+    assert watcher._told() == (1, "noon")
 
 
 def test_a_directory_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "logs").write_text("a file")
     with pytest.raises(StorageError, match="expected to be able to write"):
-        HangWatcher(tmp_path / "logs", rank=0, world_size=1, seconds=100).start()
+        HangWatcher(tmp_path / "logs", attempt="this", rank=0, world_size=1, seconds=100).start()
 
 
 def test_the_timer_stops_with_its_owner(tmp_path):
@@ -288,6 +335,7 @@ def test_a_run_is_watched_from_its_setup_to_its_end(made, toy_command, run_dir):
     assert toy_command("fit", "--trainer.max_steps=2", "--trainer.limit_val_batches=1") == 0
     (recorder,) = made
     assert recorder.folder == run_dir / "logs"
+    assert len(recorder.settings.pop("attempt")) == 32
     assert recorder.settings == {"rank": 0, "world_size": 1, "seconds": 1500, "launcher": None}
     assert recorder.said[0] == "start"
     assert ("the start of a training batch", 0) in recorder.said
@@ -298,9 +346,10 @@ def test_a_run_is_watched_from_its_setup_to_its_end(made, toy_command, run_dir):
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_evaluations_are_watched_too(made, toy_command, stage):
+def test_evaluations_are_watched_too_in_folders_of_their_own(made, toy_command, run_dir, stage):
     assert toy_command(stage, "--trainer.limit_val_batches=2") == 0
     (recorder,) = made
+    assert recorder.folder == run_dir / "logs" / stage
     noted = [item for item in recorder.said if isinstance(item, tuple)]
     assert len(noted) == 4, noted
     assert recorder.said[-1] == "stop"
@@ -344,7 +393,7 @@ def test_a_launcher_is_the_parent_that_runs_the_same_command(monkeypatch, parent
 
 def test_systems_without_such_signals_ask_no_children(monkeypatch, tmp_path):
     monkeypatch.setattr(hang_watcher, "_ASK", None)
-    watcher = HangWatcher(tmp_path, rank=0, world_size=1, seconds=100)
+    watcher = HangWatcher(tmp_path, attempt="this", rank=0, world_size=1, seconds=100)
     watcher.start()
     watcher.stop()
     assert list(tmp_path.iterdir()) == []

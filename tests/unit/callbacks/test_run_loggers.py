@@ -64,8 +64,11 @@ def test_a_row_that_a_kill_cut_off_is_dropped(tmp_path, left):
 
 def test_an_unwritable_place_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="Not a directory"):
-        RunCSVLogger(tmp_path / "file" / "logs").log_metrics({"a": 1}, 0)
+    for logger in run_loggers(tmp_path / "file", "fit", 0):
+        logger.log_metrics({"a": 1}, 0)
+        logger.save()
+        with pytest.raises(StorageError, match="Not a directory"):
+            logger.flush_all()
 
 
 def test_a_run_has_both_loggers_under_its_directory(tmp_path):
@@ -86,12 +89,13 @@ def full_disk(monkeypatch):
     """Let nothing be appended until it is called."""
 
     class Full(AppendedFile):
-        def flush(self):
+        def flush(self, *, sync=False):
             with appended_file.storage_errors(self.path, self.num_waiting):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("callbacks.run_loggers.AppendedFile", Full)
-    return lambda: monkeypatch.setattr("callbacks.run_loggers.AppendedFile", AppendedFile)
+    flush = AppendedFile.flush
+    monkeypatch.setattr(AppendedFile, "flush", Full.flush)
+    return lambda: monkeypatch.setattr(AppendedFile, "flush", flush)
 
 
 def test_rows_wait_while_the_disk_is_full(tmp_path, full_disk, caplog):
@@ -103,7 +107,7 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, full_disk, caplog):
     assert len(caplog.messages) == 1
     assert "No space left on device (" in caplog.messages[0]
     with pytest.raises(FullDiskError, match=r"metrics\.csv"):
-        logger.save()
+        logger.flush_all()
     with pytest.raises(FullDiskError):
         logger.finalize("success")
     logger.finalize("failed")  # the user has been told

@@ -6,6 +6,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import main
+from segalign.run_directory import describe_files
 from segalign.scenes import shipping
 from segalign.scenes.held_out import HeldOutModel
 from segalign.scenes.models import scorer_model
@@ -40,7 +41,9 @@ def test_the_held_out_scorer_is_packed_beside_a_base(tmp_path, capsys, monkeypat
     save_file(
         {f"model.{k}": v for k, v in model.state_dict().items()}, checkpoint / "model.safetensors"
     )
-    (checkpoint / "meta.json").write_text('{"format_version": 1, "files": {}}')
+    (checkpoint / "state.json").write_text('{"global_step": 2}')
+    meta = {"format_version": 1, "files": describe_files(checkpoint)}
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
     config = {"model": {"init_args": {}}, "data": {}, "seed_everything": 7}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     (run / "logs" / "metrics.csv").write_text("step,val/dense_accuracy\n1,0.5\n")
@@ -74,7 +77,9 @@ def test_the_preference_model_is_packed_beside_a_base(tmp_path, capsys, monkeypa
     state = {f"scorer.model.{k}": v for k, v in model.state_dict().items()}
     state["scorer.model.logit_scale"] = torch.tensor([3.0])  # one-dimensional, as training has it
     save_file(state, checkpoint / "model.safetensors")
-    (checkpoint / "meta.json").write_text('{"format_version": 1, "files": {}}')
+    (checkpoint / "state.json").write_text('{"global_step": 2}')
+    meta = {"format_version": 1, "files": describe_files(checkpoint)}
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
     scorer = {"init_args": {"weights": "shipped"}}
     config = {"model": {"init_args": {"scorer": scorer}}, "data": {}, "seed_everything": 7}
     (run / "config.yaml").write_text(yaml.safe_dump(config))

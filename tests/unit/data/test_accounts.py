@@ -154,3 +154,38 @@ def test_what_was_reported_is_not_reported_anew(tmp_path, write_shards):
     (tmp_path / REPORT_NAME).write_text(json.dumps({"kept": 1}))
     accounts.close_after(caught.value, tmp_path)
     assert json.loads((tmp_path / REPORT_NAME).read_text()) == {"kept": 1}
+
+
+def test_a_checkpoint_keeps_whole_steps(tmp_path, write_shards):
+    manifest = write_shards(tmp_path, [40])
+    accounts = open_accounts(manifest)
+    for number in range(5):
+        first = 4 * number
+        bad = (1,) if number in (0, 4) else ()
+        accounts.consume(batch([*range(first, first + 4)], bad), "train", number // 2)
+    kept = accounts.state(2)["train"]
+    assert kept["epochs"] == [[0, 15, 120, {"checksum": 1}, {"shard-000000.tar": 1}]]
+    assert [fault["position"] for fault in kept["faults"]] == [1]
+    # The step may go on, be it with several checkpoints in it.
+    assert accounts.state(2)["train"] == kept
+    accounts.consume(batch([*range(20, 24)]), "train", 2)
+    whole = accounts.state(3)["train"]
+    assert whole["epochs"] == [[0, 22, 276, {"checksum": 2}, {"shard-000000.tar": 2}]]
+
+    resumed = RunAccounts(BadSampleLimits(1.0, 1.0))
+    resumed.begin()
+    resumed.expect("train", manifest)
+    resumed.begin_training(16, {"train": kept})
+    resumed.consume(batch([*range(16, 20)], (1,)), "train", 2)
+    resumed.consume(batch([*range(20, 24)]), "train", 2)
+    assert resumed.state(3)["train"] == whole
+
+
+def test_an_error_reports_the_step_under_way_too(tmp_path, write_shards):
+    accounts = open_accounts(write_shards(tmp_path, [40]), BadSampleLimits(0.0, 0.0, True))
+    accounts.consume(batch([0, 1]), "train", 0)
+    with pytest.raises(DataError, match="strict") as caught:
+        accounts.consume(batch([2, 3], (0,)), "train", 0)
+    accounts.close_after(caught.value, tmp_path)
+    report = json.loads((tmp_path / REPORT_NAME).read_text())["train"]
+    assert (report["delivered"], report["quarantined"]) == (3, {"checksum": 1})

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from lightning_modules.resume_checks import check_same_settings
+from lightning_modules.resume_checks import Change, changes_optimizer, check_same_settings
 from segalign.errors import ConfigError
 from segalign.run_format import save_checkpoint
 
@@ -42,7 +42,7 @@ def config(*allowed, **changes):
 def test_a_change_is_refused_and_the_way_out_named(checkpoint):
     with pytest.raises(ConfigError, match=r"`model\.init_args\.width` \(6 -> 7\)\.") as caught:
         check_same_settings(config(width=7), checkpoint)
-    assert "name those that may differ in `checkpoint.allow_changes`" in str(caught.value)
+    assert "(`--checkpoint.allow_changes '[model.init_args.width]'`)" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -88,3 +88,47 @@ def test_a_name_that_is_not_needed_is_told(checkpoint, caplog, key, reason):
     assert caplog.messages == [
         f"`checkpoint.allow_changes` names `{key}`, which {reason}; leave it out"
     ]
+
+
+AVERAGE = {"class_path": "callbacks.ema.EMA", "init_args": {"decay": 0.9}}
+
+
+@pytest.mark.parametrize(
+    ("setting", "now", "key"),
+    [
+        ("gradient_clip_val", 0.1, "trainer.gradient_clip_val"),
+        ("precision", "bf16-mixed", "trainer.precision"),
+        ("callbacks", [{**AVERAGE, "init_args": {"decay": 0.5}}], "trainer.callbacks.EMA"),
+        ("callbacks", None, "trainer.callbacks.EMA"),
+        ("callbacks", [AVERAGE, {"class_path": "callbacks.fid.FID"}], None),
+        ("log_every_n_steps", 7, None),
+    ],
+)
+def test_settings_of_the_trainer_count_where_they_decide_what_a_step_computes(
+    tmp_path, setting, now, key
+):
+    trainer = {
+        "gradient_clip_val": 1.0,
+        "precision": None,
+        "log_every_n_steps": 1,
+        "callbacks": [AVERAGE],
+    }
+    path = tmp_path / "checkpoints" / "step-00000001"
+    save_checkpoint({"global_step": 1, "run_config": {**STORED, "trainer": trainer}}, path)
+    changed = {**config(), "trainer": {**trainer, setting: now}}
+    if key is None:
+        assert check_same_settings(changed, path) == []
+        return
+    with pytest.raises(ConfigError, match=f"changed: `{key}` "):
+        check_same_settings(changed, path)
+    changed["checkpoint"] = {"allow_changes": [key]}
+    assert [change.key for change in check_same_settings(changed, path)] == [key]
+
+
+def test_another_kind_of_optimizer_is_never_taken():
+    rate = Change("model.init_args.optimizer.init_args.lr", "1", "2")
+    assert changes_optimizer([rate])
+    assert not changes_optimizer([Change("model.init_args.width", "1", "2")])
+    for key in ("model.init_args.optimizer.class_path", "model.init_args.lr_scheduler"):
+        with pytest.raises(ConfigError, match="the kind of optimizer"):
+            changes_optimizer([rate, Change(key, "A", "B")])
