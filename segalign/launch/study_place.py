@@ -130,6 +130,14 @@ def as_dataclass(kind: type[Settings], value: Any, place: Place, example: str) -
     assert is_dataclass(kind)
     content = as_mapping(value, place, example)
     check_keys(content, [field.name for field in fields(kind)], place)
+    # The parser takes a key without a value for its default.
+    empty = [
+        field.name
+        for field in fields(kind)
+        if field.default is not None and content.get(field.name, field) is None
+    ]
+    if empty:
+        raise place.error(f"a value of `{empty[0]}`", "nothing", "give one, or leave it out")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--of", type=kind)
     try:

@@ -89,6 +89,7 @@ FOUND = {
     "infinite version": ("checkpoint_meta", b'{"format_version": 1e999, "files": {}}'),
     "numbers as names": ("study", b"zip: [{a.b: [{1.5: 2}], c.d: [1]}]"),
     "an alias of itself": ("study", b"grid: {a.b: &x [1, *x]}"),
+    "a key without a value": ("study", b"search: {kind: optuna, trials: }"),
     "a tag that lies": ("study", b"name: !!int x"),
     "an offset beyond the file system": (
         "manifest_line",

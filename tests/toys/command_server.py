@@ -80,6 +80,8 @@ def obey(order: dict[str, Any]) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(order["variables"])
+    # A shell's background commands begin with it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def command() -> int:
         for name in order["broken"]:
