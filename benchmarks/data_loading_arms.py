@@ -137,6 +137,11 @@ def plain_decode(raw: bytes, side: int) -> Image.Image:
     """Decode, resize and crop with Pillow, as reduced in scale as its decoder can."""
     image = Image.open(io.BytesIO(raw))
     image.draft("RGB", (side, side))
+    return cropped_after(image, side)
+
+
+def cropped_after(image: Image.Image, side: int) -> Image.Image:
+    """Resize the whole image, its short side to this many pixels, and then cut out the centre."""
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
     if (width, height) != image.size:

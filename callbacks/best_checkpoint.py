@@ -11,7 +11,7 @@ from typing import Literal
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from callbacks.failed_saves import on_rank_zero
+from callbacks.rank_zero import on_rank_zero
 from segalign.diffusion.generator import Weights
 from segalign.errors import ConfigError
 from segalign.run_directory import BestRecord, best_checkpoint, forget_best, read_best, write_best

@@ -14,7 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from callbacks.best_checkpoint import BestValue, MonitorMode
-from callbacks.failed_saves import FailedSaves, flush_logs, on_rank_zero, save_on_rank_zero
+from callbacks.failed_saves import FailedSaves, save_on_rank_zero
+from callbacks.kept_rows import flush_logs
+from callbacks.rank_zero import on_rank_zero
 from callbacks.unfinished_step import UnfinishedStep, forget_later
 from segalign.atomic import make_directory, remove_directory
 from segalign.errors import ConfigError

@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning.pytorch as pl
 
+from callbacks.kept_rows import flush_logs
 from segalign.errors import FullDiskError
 from segalign.ranks import together
 
@@ -78,45 +79,6 @@ class FailedSaves:
                 _logger.warning("going on without a record: %s", error)
             return False
         return True
-
-
-@runtime_checkable
-class KeepsRows(Protocol):
-    """A logger whose rows wait while they cannot be written.
-
-    Lightning saves loggers on rank 0 alone and in the middle of a step, where an error would leave
-    the other ranks waiting; so ``Logger.save`` never fails, and this is asked for certainty.
-    """
-
-    def flush_all(self) -> None:
-        """Force all rows to disk.
-
-        Raises:
-            StorageError: If that cannot be done; they go on waiting.
-        """
-
-
-def flush_logs(trainer: pl.Trainer) -> None:
-    """Force what the loggers hold to disk; only where an error reaches all ranks.
-
-    Raises:
-        StorageError: If that cannot be done; it goes on waiting.
-    """
-    for logger in trainer.loggers:
-        if isinstance(logger, KeepsRows):
-            logger.flush_all()
-        else:
-            logger.save()
-
-
-def on_rank_zero(trainer: pl.Trainer, work: Callable[[], None]) -> None:
-    """Do something on rank 0; where it fails, it fails on all ranks, so that none waits."""
-
-    def work_or_wait() -> None:
-        if trainer.is_global_zero:
-            work()
-
-    together(work_or_wait)
 
 
 def save_on_rank_zero(trainer: pl.Trainer, path: Path) -> None:

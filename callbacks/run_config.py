@@ -16,7 +16,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from callbacks.failed_saves import on_rank_zero
+from callbacks.rank_zero import on_rank_zero
 from segalign.atomic import make_directory, remove_temporaries, write_text_atomic
 from segalign.json_text import parse_json
 

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.tensorboard_log import Patience, RunTensorBoardLogger
+from callbacks.kept_rows import Patience
+from callbacks.tensorboard_log import RunTensorBoardLogger
 from segalign.appended_file import AppendedFile
 from segalign.atomic import make_directory, remove_temporaries, storage_errors, write_text_atomic
 

@@ -1,11 +1,9 @@
 """TensorBoard logs that are whole after a full disk, written without a thread."""
 
 import contextlib
-import logging
 import os
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +18,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignor
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 from typing_extensions import override
 
+from callbacks.kept_rows import Patience
 from segalign.appended_file import AppendedFile
 from segalign.atomic import make_directory, storage_errors
 
 _LARGE = 2**20  # bytes that are written before their time
-_logger = logging.getLogger(__name__)
-
-
-class Patience:
-    """Lets a log that cannot be written wait, and says so when that begins."""
-
-    def __init__(self) -> None:
-        self._is_told = False
-
-    def try_to(self, write: Callable[[], None]) -> None:
-        """Write, or say once why that is not possible."""
-        try:
-            write()
-        except OSError as error:
-            if not self._is_told:
-                _logger.warning("rows of the log wait until the next checkpoint: %s", error)
-            self._is_told = True
-        else:
-            self._is_told = False
 
 
 class RunTensorBoardLogger(TensorBoardLogger):

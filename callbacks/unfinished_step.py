@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.failed_saves import flush_logs
+from callbacks.kept_rows import flush_logs
 from segalign.atomic import write_text_atomic
 from segalign.json_text import parse_json
 from segalign.run_directory import checkpoint_step, checkpoints_directory

@@ -1,7 +1,7 @@
 """Checks on a training run before anything is built or written."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ from segalign.run_directory import newest_checkpoint, stored_config
 from segalign.run_start import check_start
 from segalign.tree_codec import decode_tree
 
-# Sections of a config that decide what a training step computes.
-_COMPARED = ("seed_everything", "model", "data", "trainer")
-# Those of `trainer` that do; of its callbacks, the average of the weights.
+# Settings of `trainer` that decide what a training step computes; of its callbacks, the average of
+# the weights does.
 _TRAINER_SETTINGS = ("gradient_clip_val", "gradient_clip_algorithm", "precision")
 _AVERAGE = "callbacks.ema.EMA"
 _OPTIMIZER_SETTINGS = ("model.init_args.optimizer", "model.init_args.lr_scheduler")
@@ -156,18 +155,15 @@ def _refusal(
 
 
 def _why_needless(config: Mapping[str, Any], key: str) -> str:
-    found: Any = config
-    names = key.split(".")
-    for name in names:
-        if not isinstance(found, Mapping) or name not in found:
-            return "is no setting of this run"
-        found = found[name]
-    is_free = (
-        names[0] not in _COMPARED
-        or (names[0] == "data" and not _FREE_DATA_SETTINGS.isdisjoint(names))
-        or (names[0] == "trainer" and names[1:2] not in [[name] for name in _seen_of_trainer()])
-    )
-    return "may always differ" if is_free else "has not changed"
+    if _has(_decisive(config), key):
+        return "has not changed"
+    return "may always differ" if _has(config, key) else "is no setting of this run"
+
+
+def _has(config: Any, key: str) -> bool:
+    name, _, rest = key.partition(".")
+    is_there = isinstance(config, Mapping) and name in config
+    return is_there and (not rest or _has(config[name], rest))
 
 
 def warn_of_other_weights(
@@ -228,23 +224,30 @@ def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> I
     A setting that only one of the configs knows is an argument that the code has gained or lost,
     and counts as unchanged.
     """
-    for section in _COMPARED:
-        ignored = _FREE_DATA_SETTINGS if section == "data" else frozenset()
-        if section in stored and section in current:
-            before, now = stored[section], current[section]
-            if section == "trainer":
-                before, now = _decisive(before), _decisive(now)
-            yield from _differences(before, now, section, ignored)
+    before, now = _decisive(stored), _decisive(current)
+    for section in now:
+        if section in before:
+            yield from _differences(before[section], now[section], section)
 
 
-def _seen_of_trainer() -> tuple[str, ...]:
-    return (*_TRAINER_SETTINGS, "callbacks")
+def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Reduce a config to what decides what a training step computes."""
+    found = {name: config[name] for name in ("seed_everything", "model") if name in config}
+    if "data" in config:
+        found["data"] = _without(config["data"], _FREE_DATA_SETTINGS)
+    if isinstance(config.get("trainer"), Mapping):
+        found["trainer"] = _decisive_of_trainer(config["trainer"])
+    return found
 
 
-def _decisive(trainer: Any) -> dict[str, Any]:
-    """Reduce settings of the trainer to those that decide what a step computes."""
-    if not isinstance(trainer, Mapping):
-        return {}
+def _without(settings: Any, names: Container[str]) -> Any:
+    """Leave settings of some names out, at any depth."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {name: _without(value, names) for name, value in settings.items() if name not in names}
+
+
+def _decisive_of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: trainer[name] for name in _TRAINER_SETTINGS if name in trainer}
     callbacks = trainer.get("callbacks") or []
     averages = [
@@ -255,7 +258,7 @@ def _decisive(trainer: Any) -> dict[str, Any]:
     return {**found, "callbacks": {_AVERAGE.rpartition(".")[2]: averages}}
 
 
-def _differences(before: Any, now: Any, key: str, ignored: frozenset[str]) -> Iterator[Change]:
+def _differences(before: Any, now: Any, key: str) -> Iterator[Change]:
     if not isinstance(before, Mapping) or not isinstance(now, Mapping):
         if before != now:
             yield Change(key, _brief(before), _brief(now))
@@ -265,8 +268,8 @@ def _differences(before: Any, now: Any, key: str, ignored: frozenset[str]) -> It
         yield Change(f"{key}.class_path", *names)
         return
     for name in now:
-        if name in before and name not in ignored:
-            yield from _differences(before[name], now[name], f"{key}.{name}", ignored)
+        if name in before:
+            yield from _differences(before[name], now[name], f"{key}.{name}")
 
 
 def _decoded(stored: Mapping[str, Any]) -> Mapping[str, Any]:

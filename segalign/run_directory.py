@@ -23,6 +23,7 @@ from typing import Any
 
 from segalign.atomic import bring_back, storage_errors, write_text_atomic
 from segalign.errors import ConfigError, DataError
+from segalign.json_text import parse_json
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
@@ -32,7 +33,7 @@ BEST_NAME = "best"
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 # What reading a file of JSON can raise that holds anything but what it should.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError)
 _logger = logging.getLogger(__name__)
 
 
@@ -112,7 +113,7 @@ def _find_fault(path: Path, recorded: dict[str, Any], *, digests: bool) -> str |
 
 def _read_meta(directory: Path) -> dict[str, Any]:
     try:
-        meta = json.loads((directory / META_FILE).read_bytes())
+        meta = parse_json((directory / META_FILE).read_bytes())
         version, files = int(meta["format_version"]), dict(meta["files"])
     except FileNotFoundError as error:
         raise _damaged(directory, f"`{META_FILE}` is missing") from error
@@ -181,7 +182,7 @@ def read_best(run_dir: Path) -> BestRecord | None:
     """Read the record of a run's best checkpoint; None if there is none that can be read."""
     path = checkpoints_directory(run_dir) / BEST_FILE
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
         return BestRecord(
             int(record["step"]), record["monitor"], float(record["value"]), record["mode"]
         )
@@ -291,6 +292,6 @@ def stored_config(checkpoint: Path) -> dict[str, Any] | None:
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((checkpoint / STATE_FILE).read_bytes()))
+        return dict(parse_json((checkpoint / STATE_FILE).read_bytes()))
     except _UNREADABLE as error:
         raise _damaged(checkpoint, f"`{STATE_FILE}` cannot be read") from error

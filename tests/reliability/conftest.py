@@ -1,6 +1,8 @@
 """What tests of reliability share: how long they try, and processes that have imported all."""
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from command_client import CommandServer
@@ -30,3 +32,13 @@ def server():
     server = CommandServer()
     yield server
     server.close()
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A directory of another file system than the tests' own."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system at /dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)

@@ -3,9 +3,7 @@
 import os
 import random
 import signal
-import tempfile
 import time
-from pathlib import Path
 
 import broken_checkpoints
 import pytest
@@ -13,16 +11,6 @@ from checkpoint_saver import KEEP, check_job, num_saved, start_job
 
 NUM_VALUES = 50_000  # 0.6 MB for each save
 MOMENTS = 260  # before and after the calls of about three saves
-
-
-@pytest.fixture
-def elsewhere(tmp_path):
-    """A directory of another file system than the tests' own."""
-    shared = Path("/dev/shm")
-    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("there is no second file system at /dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared) as folder:
-        yield Path(folder)
 
 
 def check_kills(server, folder, temporary, kills, replaces=False, broken=()):

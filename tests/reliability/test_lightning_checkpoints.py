@@ -4,11 +4,9 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from checkpoint_saver import num_saved, start_job
 
@@ -16,16 +14,6 @@ from segalign.run_directory import newest_checkpoint
 from segalign.run_format import load_checkpoint
 
 NUM_VALUES = 2_000_000  # 24 MB for each save
-
-
-@pytest.fixture
-def elsewhere(tmp_path):
-    """A directory of another file system than the tests' own."""
-    shared = Path("/dev/shm")
-    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("there is no second file system at /dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared) as folder:
-        yield Path(folder)
 
 
 def kill_in_a_save(process, record, wait):

@@ -21,6 +21,7 @@ MAY_IMPORT = {
 TORCH_FREE = (
     "segalign.atomic",
     "segalign.error_boundary",
+    "segalign.json_text",
     "segalign.run_directory",
     "segalign.run_start",
 )

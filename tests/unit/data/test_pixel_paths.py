@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.data_loading_arms import cropped_after
 from segalign.data.images import decode_image
 from segalign.data.loaders import BatchSettings, train_loader
 from segalign.data.order import BatchPlan
@@ -18,15 +19,6 @@ def photograph(width: int, height: int) -> Image.Image:
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     waves = [np.sin(20 * x + 9 * y), np.sin(31 * x * y), np.cos(60 * y - 40 * x)]
     return Image.fromarray(((np.stack(waves, axis=-1) + 1) * 127.5).astype(np.uint8))
-
-
-def cropped_after(image: Image.Image, side: int) -> Image.Image:
-    scale = side / min(image.size)
-    width, height = (max(side, round(length * scale)) for length in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side))
 
 
 @pytest.mark.parametrize(
