@@ -55,6 +55,15 @@ class StepProgressBar(TQDMProgressBar):
             self._show(trainer, pl_module)
         super().on_train_end(trainer, pl_module)
 
+    @override
+    def on_exception(self, *_: Any) -> None:
+        """End the line of a bar that is cut off, so that what is said next has one of its own."""
+        stages = ("train", "val", "test", "predict")
+        bars = (getattr(self, f"_{stage}_progress_bar") for stage in stages)
+        for bar in bars:
+            if bar is not None:
+                bar.close()
+
     def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._shown_at = time.monotonic()
         bar = self.train_progress_bar

@@ -65,7 +65,8 @@ class LongCaptionDataModule(LightningDataModule):
         caption_dropout: Share of training captions replaced by the empty caption.
         limit_val_samples: Validate on the first so many samples only.
         samples_per_epoch: Length of an epoch of a stream without manifest.
-        max_bad_fraction: Largest share of unreadable samples; more end the run.
+        max_bad_fraction: Largest share of unreadable samples (of 300, while fewer were met); more
+            end the run.
         max_bad_shard_fraction: The same of one shard of at least 20 samples, in one epoch.
         strict: End the run at the first unreadable sample.
         allow_pipe: Allow ``pipe:`` URLs, which run shell commands.

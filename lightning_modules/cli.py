@@ -242,7 +242,7 @@ def run(argv: Sequence[str], parts: RunParts) -> SegalignCLI:
     Args:
         argv: Arguments after the program's name. ``--allow_import PACKAGE`` (repeatable) lets
             configs name classes of one more package; it works on the command line only, so that a
-            config cannot permit itself anything.
+            config cannot permit itself anything. ``--strict`` stands for ``--data.strict true``.
         parts: See ``RunParts``.
 
     Raises:
@@ -270,13 +270,15 @@ def run(argv: Sequence[str], parts: RunParts) -> SegalignCLI:
 
 
 def _peek(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Take ``--allow_import`` out of a command line, and see which config files it names."""
-    permissions = argparse.ArgumentParser(**_PEEKING)
-    permissions.add_argument("--allow_import", action="append", default=[])
-    permitted, rest = permissions.parse_known_args(argv)
+    """Take our own words out of a command line, and see which config files it names."""
+    words = argparse.ArgumentParser(**_PEEKING)
+    words.add_argument("--allow_import", action="append", default=[])
+    words.add_argument("--strict", action="store_true")
+    own, rest = words.parse_known_args(argv)
+    rest += ["--data.strict=true"] if own.strict else []
     configs = argparse.ArgumentParser(**_PEEKING)
     configs.add_argument("--config", "-c", action="append", default=[])
-    return configs.parse_known_args(rest, permitted)[0], rest
+    return configs.parse_known_args(rest, own)[0], rest
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -169,6 +169,7 @@ def _index(options: Namespace) -> int:
             "samples": manifest.num_samples,
             "manifest": str(folder / MANIFEST_NAME),
             "digest": manifest.digest,
+            "not decoded yet": f"`shards verify {folder} --decode` does",
         }
     )
     return 0

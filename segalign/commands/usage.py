@@ -4,6 +4,7 @@ USAGE = """usage: python main.py COMMAND [options]     (help on one: python main
 
 train and evaluate; configs are layered left to right, `--key.subkey VALUE` overrides them:
   fit       --config FILE [--config FILE ...] [--ckpt_path auto|RUN|CHECKPOINT] [--run_dir DIR]
+            [--strict]
   validate  --config FILE --ckpt_path auto|best|RUN|CHECKPOINT
   test      --config FILE --ckpt_path auto|best|RUN|CHECKPOINT
   predict   --config FILE --ckpt_path auto|best|RUN|CHECKPOINT

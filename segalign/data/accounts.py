@@ -39,7 +39,7 @@ class RunAccounts:
 
     def __init__(self, limits: BadSampleLimits) -> None:
         self.stages: dict[str, Ledger] = {}
-        self._limits = limits
+        self.limits = limits
         self._alarm = Alarm()
         self._shard_sizes: dict[str, dict[str, int]] = {}
         self._num_samples: dict[str, int] = {}
@@ -118,7 +118,7 @@ class RunAccounts:
         for fault in faults:
             _logger.warning("sample set aside: %s", describe(fault))
         sizes = self._shard_sizes.get(stage, {})
-        excess = self._limits.find_excess(ledger, sizes, set(epochs) if faults else ())
+        excess = self.limits.find_excess(ledger, sizes, set(epochs) if faults else ())
         if excess is not None:
             self._alarm.tell(excess, step)
 
@@ -216,7 +216,7 @@ class RunAccounts:
 
     def _find_excess(self, merged: Mapping[str, Ledger]) -> DataError | None:
         for stage, ledger in merged.items():
-            excess = self._limits.find_excess(ledger, self._shard_sizes.get(stage, {}))
+            excess = self.limits.find_excess(ledger, self._shard_sizes.get(stage, {}))
             if excess is not None:
                 return excess
         return None

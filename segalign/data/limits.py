@@ -7,6 +7,7 @@ from typing import Final
 from segalign.data.ledger import Ledger, describe
 from segalign.errors import DataError
 
+# What is not met yet could be sound: below so many samples a share says little.
 _MIN_SAMPLES_TO_JUDGE: Final = 300
 _MIN_SAMPLES_OF_A_SHARD: Final = 20
 
@@ -16,8 +17,8 @@ class BadSampleLimits:
     """Limits of the samples that are set aside.
 
     Attributes:
-        max_bad_fraction: Largest share of all samples met, in [0, 1], judged once a few hundred
-            samples were met.
+        max_bad_fraction: Largest share of all samples met, in [0, 1]; of 300 samples as long as
+            fewer were met, as if the rest of these were sound.
         max_bad_shard_fraction: Largest share of a shard's samples in one epoch, in [0, 1]; shards
             of fewer than 20 samples are not judged by themselves. Known without doubt: as long as
             the rest of the shard could be sound, the run goes on.
@@ -55,8 +56,8 @@ class BadSampleLimits:
     def _find_overall(self, ledger: Ledger) -> DataError | None:
         num_bad = ledger.num_quarantined
         num_met = num_bad + ledger.delivered
-        is_judged = self.strict or num_met >= _MIN_SAMPLES_TO_JUDGE
-        if not is_judged or not (self.strict or num_bad > self.max_bad_fraction * num_met):
+        num_judged = max(num_met, _MIN_SAMPLES_TO_JUDGE)
+        if not self.strict and num_bad <= self.max_bad_fraction * num_judged:
             return None
         limit = "no sample (`strict`)"
         if not self.strict:

@@ -1,7 +1,15 @@
 import lightning.pytorch as pl
+import pytest
 from toy_house import ToyData, ToyModule
 
 from callbacks.progress import StepProgressBar
+
+
+class Breaks(ToyModule):
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 2:
+            raise ZeroDivisionError
+        return super().training_step(batch, batch_idx)
 
 
 class Watch(pl.Callback):
@@ -15,7 +23,7 @@ class Watch(pl.Callback):
         self.seen.append((self.bar.train_progress_bar.n, self.bar.train_progress_bar.total))
 
 
-def fit(tmp_path, seconds, **settings):
+def fit(tmp_path, seconds, module=ToyModule, **settings):
     bar = StepProgressBar(seconds)
     watch = Watch(bar)
     trainer = pl.Trainer(
@@ -28,7 +36,7 @@ def fit(tmp_path, seconds, **settings):
         callbacks=[bar, watch],
         **settings,
     )
-    trainer.fit(ToyModule(), ToyData())
+    trainer.fit(module(), ToyData())
     return watch.seen
 
 
@@ -42,3 +50,11 @@ def test_the_bar_moves_by_the_clock(tmp_path, capsys):
     seen = fit(tmp_path, 1000.0, max_steps=4)
     assert [number for number, _ in seen] == [1, 1, 1, 1]
     assert "4/4" in capsys.readouterr().out
+
+
+def test_a_bar_that_is_cut_off_ends_its_line(tmp_path, capsys):
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, 0.0, Breaks, max_steps=9)
+    out = capsys.readouterr().out
+    assert "2/9" in out
+    assert out.endswith("\n")

@@ -23,15 +23,27 @@ def consume(ledger: Ledger, *, good: int = 0, bad: int = 0, epoch: int = 0) -> N
 
 def test_too_many_bad_samples_end_the_run():
     ledger = Ledger(1000)
-    consume(ledger, bad=4, good=291)
+    consume(ledger, bad=3, good=297)
     assert BadSampleLimits().find_excess(ledger, {}) is None
-    consume(ledger, good=10)
+    consume(ledger, bad=1, good=4)
     assert str(BadSampleLimits().find_excess(ledger, {})) == (
         "at most 1.00% of the samples may be unreadable; 4 of 305 were, for example `s.tar` key "
         "`k` at byte 512: checksum (d); run `shards verify --decode`, then mend the shards or "
         "raise `max_bad_fraction`"
     )
     assert BadSampleLimits(max_bad_fraction=0.02).find_excess(ledger, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "good", "fraction", "is_too_much"),
+    [(3, 5, 0.01, False), (4, 4, 0.01, True), (1, 0, 0.0, True), (30, 0, 0.1, False),
+     (31, 0, 0.1, True), (4, 396, 0.01, False), (5, 395, 0.01, True)],
+)  # fmt: skip
+def test_of_few_samples_some_may_be_bad(bad, good, fraction, is_too_much):
+    ledger = Ledger(1000)
+    consume(ledger, bad=bad, good=good)
+    limits = BadSampleLimits(max_bad_fraction=fraction)
+    assert (limits.find_excess(ledger, {}) is not None) == is_too_much
 
 
 def test_strict_ends_at_the_first():
@@ -52,7 +64,7 @@ def test_strict_ends_at_the_first():
 def test_one_shard_that_is_bad_ends_the_run(size, bad, fraction, is_too_much):
     ledger = Ledger(100_000)
     consume(ledger, bad=bad, good=50)
-    limits = BadSampleLimits(max_bad_shard_fraction=fraction)
+    limits = BadSampleLimits(max_bad_fraction=1.0, max_bad_shard_fraction=fraction)
     found = limits.find_excess(ledger, {"s.tar": size})
     assert (found is not None) == is_too_much
     if is_too_much:

@@ -24,8 +24,8 @@ from lightning_modules import cli
 
 
 @pytest.fixture
-def trainer_of(toy_command, monkeypatch):
-    """Run a command without training; returns the trainer that would have trained."""
+def cli_of(toy_command, monkeypatch):
+    """Run a command without training; returns what would have trained."""
     seen = Namespace()
     monkeypatch.setattr(
         cli.SegalignCLI, "_run_subcommand", lambda self, _: setattr(seen, "cli", self)
@@ -33,9 +33,14 @@ def trainer_of(toy_command, monkeypatch):
 
     def run(*options, stage="fit"):
         assert toy_command(stage, *options) == 0
-        return seen.cli.trainer
+        return seen.cli
 
     return run
+
+
+@pytest.fixture
+def trainer_of(cli_of):
+    return lambda *options, stage="fit": cli_of(*options, stage=stage).trainer
 
 
 def kinds(objects):
@@ -101,6 +106,12 @@ def test_predictions_are_not_kept_in_memory(toy_command, monkeypatch):
 )
 def test_configured_loggers_are_kept(trainer_of, logger, expected):
     assert kinds(trainer_of(f"--trainer.logger={logger}").loggers) == expected
+
+
+def test_strict_is_short_for_a_setting_of_the_data(cli_of):
+    data = "--data=datamodules.long_caption.LongCaptionDataModule"
+    for words, expected in ([], False), (["--strict"], True), (["--strict", "--data.seed=1"], True):
+        assert cli_of(data, *words).datamodule.accounts.limits.strict is expected
 
 
 def test_a_real_run_leaves_its_record(toy_command, toy_config, run_dir):
