@@ -8,6 +8,7 @@ such names are not passed.
 Dims: B batch, H and W pixels.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, cast
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from segalign.data.captions import parse_preference, read_caption
 from segalign.data.faults import FaultRecord, SampleFault
@@ -208,16 +210,27 @@ class CollateRows:
                 f"the images of a batch must be equal in size; got (H, W) {sizes[:3]}; "
                 f"set `image_size`"
             )
-        stacked = torch.zeros(len(rows), *shape)
         if images and images[0].dtype == np.uint8:
             # Colours last, as the decoder leaves them: turning them would be the workers' time.
-            stacked = torch.zeros(len(rows), *leading, *shape[-2:], 3, dtype=torch.uint8)
-            stacked = stacked.movedim(-1, -3)
-        slots = stacked.numpy()
-        for slot, row in zip(slots, rows, strict=True):
-            if "image" in row:
-                slot[...] = row["image"]
+            stacked = allocate((len(rows), *leading, *shape[-2:], 3), torch.uint8).movedim(-1, -3)
+        else:
+            stacked = allocate((len(rows), *shape), torch.float32)
+        for slot, row in zip(stacked.numpy(), rows, strict=True):
+            slot[...] = row.get("image", 0)
         return stacked
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return memory that is not filled; in a worker, as PyTorch's own collate does, shared memory.
+
+    What lies there already need not be copied on the way to the main process.
+    """
+    empty = torch.empty(0, dtype=dtype)
+    if get_worker_info() is None:
+        return empty.new_empty(shape)
+    size = math.prod(shape) * empty.element_size()
+    storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+    return empty.set_(storage).view(shape)
 
 
 def _record(raw: RawSample, fault: SampleFault) -> FaultRecord:

@@ -1,8 +1,10 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
+from segalign.data import transforms
 from segalign.data.transforms import CollateRows, DecodeRow
 from segalign.errors import DataError
 from segalign.rng import counter_uniform
@@ -100,3 +102,27 @@ def test_images_of_different_sizes_make_no_batch(plain_image):
     ]
     with pytest.raises(DataError, match=r"must be equal in size; got .*; set `image_size`$"):
         CollateRows("image")(rows)
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_slots_without_an_image_are_black(plain_image, monkeypatch, as_bytes):
+    monkeypatch.setattr(
+        transforms, "allocate", lambda shape, dtype: torch.full(shape, 7, dtype=dtype)
+    )
+    decode = DecodeRow("image", as_bytes=as_bytes)
+    row = decode(raw_sample(txt=b"a", png=plain_image(size=(5, 4))))
+    images = CollateRows("image")([row, decode(raw_sample(png=b"")), row])["images"]
+    assert images.shape == (3, 3, 4, 5)
+    assert not images[1].any()
+    for place in (0, 2):
+        assert np.array_equal(images[place], row["image"])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_worker_writes_where_the_main_process_reads(monkeypatch, dtype):
+    assert not transforms.allocate((2, 3), dtype).is_shared()
+    monkeypatch.setattr(transforms, "get_worker_info", object)
+    memory = transforms.allocate((2, 3, 5), dtype)
+    assert (memory.shape, memory.dtype) == ((2, 3, 5), dtype)
+    assert memory.is_shared()
+    assert memory.is_contiguous()
