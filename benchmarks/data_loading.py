@@ -202,7 +202,7 @@ def to_text(found: dict[str, Any]) -> str:
             f"medians of {setting['rounds']} turns, ratios with lowest and highest. Milliseconds "
             "of processors are those of a sample; ratios by processor time compare the slower of "
             "the main process and a worker's share, that is the speed with a core for each. "
-            f"{machine['cores']} cores ({machine['kind']}) that others used too: load "
+            f"{machine['cores']} cores ({machine['kind']}), load "
             f"{machine['load_before']} before and {machine['load_after']} after; torch "
             f"{machine['torch'].partition('+')[0]}, Pillow {machine['pillow']}, webdataset "
             f"{machine['webdataset']}."
