@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from segalign.ema import TrainableEMA
-from segalign.skipped_steps import skipped_step
+from segalign.skipped_steps import is_left_out
 
 
 class EMA(Callback):
@@ -55,10 +55,10 @@ class EMA(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Update once for each optimizer step that was not skipped, not for each micro-batch."""
+        """Update once for each optimizer step that changed anything, not for each micro-batch."""
         if trainer.global_step > self._seen_step:
             self._seen_step = trainer.global_step
-            if skipped_step(pl_module) is None:
+            if not is_left_out(pl_module):
                 self._attach(pl_module).update(pl_module)
 
     @override

@@ -216,7 +216,7 @@ class RewardFineTuningModule(ScoredGeneratorModule):
         losses = reward_checks.without_blank(len(report.totals) * report.totals + denoising, batch)
         self.reduce_losses(losses, batch)
         self.finish_reduction()
-        if self.skipped is not None:
+        if self.is_left_out:
             load_direction_state(self.reward, directions)
         norm = manual_steps.step_optimizer(self, trained, self.max_grad_norm)
         self.speed.stop(report)

@@ -54,6 +54,7 @@ class TrainingModule(pl.LightningModule):
 
     Attributes:
         skipped: The last optimizer step, if it was skipped; the same on all ranks.
+        is_left_out: Whether that step changed nothing: skipped, or left out by float16's scaler.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class TrainingModule(pl.LightningModule):
         self.ema: TrainableEMA | None = None
         self._samples = StepSamples()
         self.skipped: SkippedStep | None = None
+        self.is_left_out = False
         self.text_totals = TextTotals()
         self._warned_of_lost_text = False
 
@@ -192,16 +194,19 @@ class TrainingModule(pl.LightningModule):
         norm = clip_gradients(list(trained.values()), None).detach()
         is_bad = ~(norm * num_rows).isfinite().to(samples.counts.device)
         found = torch.cat([samples.counts, is_bad.view(1)]).float()
-        total = self.trainer.strategy.reduce(found, reduce_op="sum")
-        assert isinstance(total, Tensor)
-        num_valid, num_bad, num_bad_gradients = total.tolist()
-        self.skipped = None
+        num_valid, num_bad, num_bad_gradients = self._reduce(found, "sum").tolist()
+        self.skipped, self.is_left_out = None, bool(num_bad or num_bad_gradients)
         if num_bad or (num_bad_gradients and not self._is_scale_to_blame()):
             self._skip_step(samples, trained)
         correct_mean(trained.values(), num_rows, int(num_valid))
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self.global_step % every == 0:
             self._log_text_totals()
+
+    def _reduce(self, counts: Tensor, operation: str) -> Tensor:
+        reduced = self.trainer.strategy.reduce(counts.to(self.device), reduce_op=operation)
+        assert isinstance(reduced, Tensor)
+        return reduced
 
     def _is_scale_to_blame(self) -> bool:
         """Tell whether float16's loss scale is so large yet that finite losses may overflow.
@@ -255,13 +260,7 @@ class TrainingModule(pl.LightningModule):
     def _log_text_totals(self, step: int | None = None, *, ended: bool = False) -> None:
         """Log the epochs that are over; every rank comes here at the same step."""
         step = self.global_step if step is None else step
-
-        def reduce(counts: Tensor, operation: str) -> Tensor:
-            reduced = self.trainer.strategy.reduce(counts.to(self.device), reduce_op=operation)
-            assert isinstance(reduced, Tensor)
-            return reduced
-
-        for epoch, totals in self.text_totals.flush(reduce, ended=ended).items():
+        for epoch, totals in self.text_totals.flush(self._reduce, ended=ended).items():
             metrics = {f"epoch/{name}": float(count) for name, count in totals.items()}
             for logger in self.loggers:
                 logger.log_metrics({"epoch/index": float(epoch), **metrics}, step)

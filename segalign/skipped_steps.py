@@ -44,14 +44,23 @@ class SkippedStep:
 
 @runtime_checkable
 class SkipsSteps(Protocol):
-    """A module that says of its last optimizer step whether it was skipped."""
+    """A module that says of its last optimizer step whether it changed anything."""
 
     skipped: SkippedStep | None
+    is_left_out: bool
 
 
 def skipped_step(module: object) -> SkippedStep | None:
     """Tell whether a module's last optimizer step was skipped; the same on all ranks."""
     return module.skipped if isinstance(module, SkipsSteps) else None
+
+
+def is_left_out(module: object) -> bool:
+    """Tell whether a module's last optimizer step changed nothing, as a skipped one; likewise.
+
+    Float16's loss scaler leaves out steps as well: a scale that is too large is no fault.
+    """
+    return isinstance(module, SkipsSteps) and module.is_left_out
 
 
 # What ranks find

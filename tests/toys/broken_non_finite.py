@@ -64,7 +64,7 @@ def only_gradients_are_looked_at():
 
 def the_average_moves():
     """Averages the weights once more after a step that was skipped."""
-    callbacks.ema.skipped_step = lambda module: None
+    callbacks.ema.is_left_out = lambda module: False
 
 
 def the_direction_moves():

@@ -17,7 +17,7 @@ class Module(torch.nn.Linear):
 
     def __init__(self):
         super().__init__(1, 1)
-        self.skipped, self.logged = None, []
+        self.skipped, self.is_left_out, self.logged = None, False, []
 
     def log(self, name, value):
         self.logged.append((name, value))
@@ -43,6 +43,7 @@ class Run:
         for is_bad in kinds:
             step = self.trainer.global_step
             self.module.skipped = bad(step) if is_bad else None
+            self.module.is_left_out = is_bad
             self.call("on_train_batch_end", None, None, 2 * step)  # a micro-batch before its step
             self.trainer.global_step += 1
             self.call("on_train_batch_end", None, None, 2 * step + 1)

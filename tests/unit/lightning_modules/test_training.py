@@ -9,6 +9,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from callbacks.ema import EMA
 from lightning_modules import training
 from lightning_modules.training import TrainingModule
 from segalign.errors import ConfigError
@@ -117,13 +118,19 @@ def test_the_scaler_of_float16_is_left_in_peace(fused, values, start_scale, is_c
     good = batch([1.0, 1.0], [True, True])
     bad = batch(values, [True, start_scale > 1])
     steps = [one | {"x": one["x"].float()} for one in (good, bad, good)]
-    fit(steps[:2], tmp_path, module, 1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    plugins, ema = [MixedPrecision("16-mixed", "cpu", scaler)], EMA(decay=0.5, warmup=False)
+    fit(steps[:2], tmp_path, module, 1, plugins=plugins, callbacks=[ema])
     assert (module.skipped is not None) == is_counted
+    assert module.is_left_out
+    assert module.ema.state_dict()["weights"]["weight"].item() == pytest.approx(
+        module.weight.item() / 2
+    )
     assert scaler.get_scale() == start_scale / 2
     (state,) = module.trainer.optimizers[0].state.values()
     assert state["step"] == 1
     once = module.weight.item()
     fit(steps, tmp_path, module, 1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert not module.is_left_out
     assert module.weight.item() < once < 0
 
 
