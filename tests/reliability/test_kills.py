@@ -69,6 +69,7 @@ BROKEN = {
     broken_resume.rng_not_seeded_by_step: STEP,
     broken_resume.data_restarts_the_epoch: STEP,
     broken_resume.optimizer_not_loaded: STEP,
+    broken_resume.moments_not_loaded: STEP,
     broken_resume.ema_not_loaded: STEP,
     broken_resume.schedule_not_loaded: STEP,
     broken_resume.validation_not_made_up: VALIDATION,

@@ -50,6 +50,18 @@ def optimizer_not_loaded():
     _CheckpointConnector.restore_optimizers = _nothing
 
 
+def moments_not_loaded():
+    """Loads the rates of the optimizer, and lets it gather its moments anew."""
+    restore = _CheckpointConnector.restore_optimizers
+
+    def restore_optimizers(self):
+        restore(self)
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+
+    _CheckpointConnector.restore_optimizers = restore_optimizers
+
+
 def ema_not_loaded():
     """Begins a new average at the loaded weights."""
     EMA.on_load_checkpoint = _nothing
