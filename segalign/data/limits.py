@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from segalign.data.faults import FaultRecord
 from segalign.data.ledger import Ledger, describe
 from segalign.errors import DataError
 
@@ -59,13 +60,15 @@ class BadSampleLimits:
         num_judged = max(num_met, _MIN_SAMPLES_TO_JUDGE)
         if not self.strict and num_bad <= self.max_bad_fraction * num_judged:
             return None
-        limit = "no sample (`strict`)"
+        limit, way_out = "no sample (`strict`)", "leave `strict` out"
         if not self.strict:
             limit = f"{self.max_bad_fraction:.2%} of the samples"
+            way_out = "raise `max_bad_fraction`"
+        example = ledger.records[0]
         return DataError(
             f"at most {limit} may be unreadable; {num_bad} of {num_met} were, for example "
-            f"{describe(ledger.records[0])}; run `shards verify --decode`, then mend the shards or "
-            f"{'leave `strict` out' if self.strict else 'raise `max_bad_fraction`'}"
+            f"{describe(example)}; run `shards verify --decode`, then mend the shard"
+            f"{_if_replaced(example)}, or {way_out}"
         )
 
     def _find_by_shard(
@@ -74,15 +77,19 @@ class BadSampleLimits:
         for shard, num_bad in ledger.epochs[epoch].shards.items():
             size = shard_sizes.get(shard, 0)
             if size >= _MIN_SAMPLES_OF_A_SHARD and num_bad > self.max_bad_shard_fraction * size:
-                found = f"{num_bad} of the {size} samples of `{shard}` were"
+                example = next((one for one in ledger.records if one["shard"] == shard), None)
                 return DataError(
                     f"at most {self.max_bad_shard_fraction:.2%} of a shard may be unreadable; "
-                    f"{found}{_example(ledger, shard)}; run `shards verify --decode`, then mend or "
-                    "leave out that shard, or raise `max_bad_shard_fraction`"
+                    f"{num_bad} of the {size} samples of `{shard}` were"
+                    f"{'' if example is None else f', for example {describe(example)}'}; run "
+                    f"`shards verify --decode`, then mend the shard"
+                    f"{_if_replaced(example)} or leave it out, or raise `max_bad_shard_fraction`"
                 )
         return None
 
 
-def _example(ledger: Ledger, shard: str) -> str:
-    found = next((record for record in ledger.records if record["shard"] == shard), None)
-    return "" if found is None else f", for example {describe(found)}"
+def _if_replaced(example: FaultRecord | None) -> str:
+    """Name a way out for who has exchanged shards below their manifest."""
+    if example is None or example["reason"] != "checksum":
+        return ""
+    return " (if it was replaced on purpose: `shards index --force`)"

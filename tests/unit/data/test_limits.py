@@ -28,8 +28,8 @@ def test_too_many_bad_samples_end_the_run():
     consume(ledger, bad=1, good=4)
     assert str(BadSampleLimits().find_excess(ledger, {})) == (
         "at most 1.00% of the samples may be unreadable; 4 of 305 were, for example `s.tar` key "
-        "`k` at byte 512: checksum (d); run `shards verify --decode`, then mend the shards or "
-        "raise `max_bad_fraction`"
+        "`k` at byte 512: checksum (d); run `shards verify --decode`, then mend the shard (if it "
+        "was replaced on purpose: `shards index --force`), or raise `max_bad_fraction`"
     )
     assert BadSampleLimits(max_bad_fraction=0.02).find_excess(ledger, {}) is None
 
@@ -53,7 +53,14 @@ def test_strict_ends_at_the_first():
     consume(ledger, bad=1)
     found = str(BadSampleLimits(strict=True).find_excess(ledger, {}))
     assert found.startswith("at most no sample (`strict`) may be unreadable; 1 of 2 were, for ex")
-    assert found.endswith("then mend the shards or leave `strict` out")
+    assert found.endswith("index --force`), or leave `strict` out")
+
+
+def test_only_who_may_have_replaced_a_shard_is_told_how_to_index_it():
+    ledger = Ledger(1000)
+    ledger.consume([0], [0], [False], [{**FAULT, "reason": "image_missing"}])
+    found = str(BadSampleLimits(strict=True).find_excess(ledger, {}))
+    assert found.endswith("then mend the shard, or leave `strict` out")
 
 
 @pytest.mark.parametrize(
