@@ -17,7 +17,7 @@ from callbacks.best_checkpoint import BestValue, MonitorMode
 from callbacks.failed_saves import FailedSaves, save_on_rank_zero
 from callbacks.kept_rows import flush_logs
 from callbacks.rank_zero import on_rank_zero
-from callbacks.unfinished_step import UnfinishedStep, forget_later
+from callbacks.unfinished_step import UnfinishedStep, forget_later, passes_of
 from segalign.atomic import make_directory, remove_directory
 from segalign.errors import ConfigError
 from segalign.run_directory import checkpoint_path, checkpoints_directory
@@ -181,7 +181,8 @@ class RunCheckpoint(Checkpoint):
         if self._best is not None:
             self._keep_if_best(trainer, self._best)
         if was_due and not getattr(trainer, "fast_dev_run", False):
-            note = partial(self._unfinished.note_validated, trainer, self._run_dir)
+            passes = passes_of(trainer)
+            note = partial(self._unfinished.note_validated, trainer, self._run_dir, passes)
             self._failures.forgive(trainer, partial(on_rank_zero, trainer, note))
 
     def _keep_if_best(self, trainer: pl.Trainer, best: BestValue) -> None:
@@ -208,6 +209,10 @@ class RunCheckpoint(Checkpoint):
                 "there is no best checkpoint: no validation ended with a finite `%s`",
                 self._best.monitor,
             )
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Record that the training has ended, once the module has logged its last rows."""
         if not getattr(trainer, "fast_dev_run", False):
             on_rank_zero(trainer, partial(self._unfinished.note_ended, trainer, self._run_dir))
 

@@ -1,6 +1,7 @@
 """What follows a step's checkpoint, and is made up for where a stop has cut it off."""
 
 import json
+from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.kept_rows import flush_logs
 from segalign.atomic import write_text_atomic
+from segalign.data.accounts import RunAccounts
 from segalign.json_text import parse_json
 from segalign.run_directory import checkpoint_step, checkpoints_directory
 
 _DUE = "validation_due"
 _FILE = "followed.json"
-_VALIDATED, _ENDED = "validated", "ended"
+_VALIDATED, _ENDED, _PASSES = "validated", "ended", "passes"
 
 
 class UnfinishedStep:
@@ -23,7 +25,8 @@ class UnfinishedStep:
 
     A checkpoint is taken before both, and says whether a validation is due. What has followed is
     noted in the run directory's ``checkpoints/followed.json``; so a resumed run knows what a stop
-    has cut off, does it once, and logs it at the step where it belongs.
+    has cut off, does it once, and logs it at the step where it belongs. The accounts of the data of
+    a validation are kept there, too.
 
     Attributes:
         is_due: Whether a validation follows the step that was just taken.
@@ -46,13 +49,19 @@ class UnfinishedStep:
         checkpoint[_DUE] = self.is_due
         _log_step(trainer)
 
-    def note_validated(self, trainer: pl.Trainer, run_dir: Path) -> None:
-        """Record that the validation of this step is done."""
-        _note(trainer, run_dir, _VALIDATED)
+    def note_validated(self, trainer: pl.Trainer, run_dir: Path, passes: Mapping[str, Any]) -> None:
+        """Record on rank 0 that the validation of this step is done.
+
+        Args:
+            trainer: Has validated.
+            run_dir: The run directory.
+            passes: The validation's counts; see ``passes_of``.
+        """
+        _note(trainer, run_dir, {_VALIDATED: trainer.global_step, _PASSES: passes})
 
     def note_ended(self, trainer: pl.Trainer, run_dir: Path) -> None:
-        """Record that the training ended at this step, with all that belongs to its end."""
-        _note(trainer, run_dir, _ENDED)
+        """Record on rank 0 that the training ended at this step, with all that belongs to it."""
+        _note(trainer, run_dir, {_ENDED: trainer.global_step})
 
     # After it
 
@@ -67,6 +76,8 @@ class UnfinishedStep:
         # Validations come in the order of their steps: one of a later step is of this one too.
         if checkpoint[_DUE] and followed.get(_VALIDATED, -1) < step:
             self._owed_step = step
+        elif followed.get(_VALIDATED, -1) >= step and (accounts := _accounts(trainer)) is not None:
+            accounts.take_passes(followed[_PASSES])
         if 0 <= trainer.max_steps <= step and followed.get(_ENDED) != step:
             # Lightning does not even begin a training that has no step left.
             self._max_steps = trainer.max_steps
@@ -92,6 +103,20 @@ class UnfinishedStep:
         loop.val_loop.batch_progress.total = num_before
         trainer.training = True
         connector._first_loop_iter = is_first
+
+
+def passes_of(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the counts of the validation that was just done; all ranks must call it.
+
+    The step's checkpoint, which was taken before, has not got them.
+    """
+    accounts = _accounts(trainer)
+    return {} if accounts is None else accounts.passes()
+
+
+def _accounts(trainer: pl.Trainer) -> RunAccounts | None:
+    accounts = getattr(trainer.datamodule, "accounts", None)  # type: ignore[attr-defined]
+    return accounts if isinstance(accounts, RunAccounts) else None
 
 
 def _log_step(trainer: pl.Trainer) -> None:
@@ -143,18 +168,22 @@ def forget_later(run_dir: Path, start: Path | None) -> None:
     """Forget what has followed steps that are taken once more, or of another run."""
     step = checkpoint_step(start) if start is not None and _is_of(run_dir, start) else 0
     followed = _read(run_dir)
-    kept = {event: at for event, at in followed.items() if event == _VALIDATED or at <= step}
+    kept = dict(followed)
+    if kept.get(_ENDED, 0) > step:
+        del kept[_ENDED]
     if kept.get(_VALIDATED, 0) > step:
         kept[_VALIDATED] = step
+    if not step:
+        kept[_PASSES] = {}
     if kept != followed:
         _write(run_dir, kept)
 
 
-def _note(trainer: pl.Trainer, run_dir: Path, event: str) -> None:
+def _note(trainer: pl.Trainer, run_dir: Path, events: Mapping[str, Any]) -> None:
     if trainer.is_global_zero:
         # A resumed run does not repeat what is noted here, nor its rows.
         flush_logs(trainer)
-        _write(run_dir, {**_read(run_dir), event: trainer.global_step})
+        _write(run_dir, {**_read(run_dir), **events})
 
 
 def _is_of(run_dir: Path, checkpoint: Any) -> bool:
@@ -162,15 +191,16 @@ def _is_of(run_dir: Path, checkpoint: Any) -> bool:
     return checkpoint is not None and Path(checkpoint).resolve().parent == own
 
 
-def _read(run_dir: Path) -> dict[str, int]:
+def _read(run_dir: Path) -> dict[str, Any]:
     """Read the record; one that is missing or damaged knows nothing."""
     try:
         record = parse_json((checkpoints_directory(run_dir) / _FILE).read_bytes())
-        return {str(event): int(step) for event, step in record.items()}
+        passes = dict(record.pop(_PASSES, {}))
+        return {**{str(event): int(step) for event, step in record.items()}, _PASSES: passes}
     except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+        return {_PASSES: {}}
 
 
-def _write(run_dir: Path, followed: dict[str, int]) -> None:
+def _write(run_dir: Path, followed: Mapping[str, Any]) -> None:
     path = checkpoints_directory(run_dir) / _FILE
     write_text_atomic(path, json.dumps(followed) + "\n")

@@ -1,5 +1,6 @@
 """The accounts of a run over stages, ranks and attempts, and the limits that they are held to."""
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from functools import partial
@@ -45,6 +46,7 @@ class RunAccounts:
         self._num_samples: dict[str, int] = {}
         self._last_ids: dict[str, int] = {}
         self._last_step: tuple[int, Ledger] | None = None
+        self._later: dict[str, Ledger] = {}
         self._is_settled = False
 
     # Beginning
@@ -54,6 +56,7 @@ class RunAccounts:
         self.stages = {}
         self._last_ids = {}
         self._last_step = None
+        self._later = {}
         self._is_settled = False
         self._alarm.silence()
 
@@ -76,7 +79,7 @@ class RunAccounts:
         if TRAIN in self.stages:
             return
         num_samples = self._num_samples[TRAIN]
-        restored = _restore(kept or {})
+        restored = {**_restore(kept or {}), **self._later}
         train = restored.pop(TRAIN, None)
         if train is None or (train.num_samples, train.end_position) != (num_samples, position):
             self.stages[TRAIN] = Ledger(num_samples, first_position=position)
@@ -90,6 +93,14 @@ class RunAccounts:
             if stage not in self.stages:
                 self.stages[stage] = ledger
                 self._last_ids[stage] = ledger.num_samples or 0
+
+    def take_passes(self, kept: Mapping[str, Any]) -> None:
+        """Let ``begin_training`` go on with ``passes`` that came after the state it is given.
+
+        Counts that make no sense are left out: there is nothing that cannot do without them.
+        """
+        with contextlib.suppress(DataError):
+            self._later = _restore({stage: kept[stage] for stage in kept if stage != TRAIN})
 
     # Counting
 
@@ -177,6 +188,14 @@ class RunAccounts:
         if excess is not None and TRAIN in self.stages:
             self._alarm.tell_later(excess, steps_taken or 0)
         return {stage: ledger.state() for stage, ledger in merged.items()}
+
+    def passes(self) -> dict[str, Any]:
+        """Return plain values of all but the training, for ``take_passes``; all ranks must call it.
+
+        Every rank keeps its counts.
+        """
+        own = {stage: ledger for stage, ledger in self.stages.items() if stage != TRAIN}
+        return {stage: ledger.state() for stage, ledger in gather_stages(own).items()}
 
     def close(
         self, folder: Path | None, position: int | None, steps_taken: int | None = None

@@ -61,10 +61,14 @@ def test_kills_fall_into_all_kinds_of_moments(chains):
         assert any(name in names for name in moments), (kind, moments)
 
 
-STEP = {"name": "batch_end", "step": 5, "time": 0}
+STEP = [{"name": "batch_end", "step": 5, "time": 0}]
 # The rename of the checkpoint of step 6 is over, and its step not even logged by the loop.
-SAVED = {"name": "renamed", "step": 6, "time": 0}
-VALIDATION = {"name": "validation_batch", "step": 3, "time": 0}
+SAVED = [{"name": "renamed", "step": 6, "time": 0}]
+VALIDATION = [{"name": "validation_batch", "step": 3, "time": 0}]
+# Two checkpoints in a row that were resumed after the validation which followed them.
+VALIDATED = [{"name": "batch_end", "step": step, "time": 0} for step in (4, 7)]
+# All that is noted of the last step is on the disk: its validation, and the end of the training.
+ENDED = [{"name": "renamed", "step": 9, "time": 3}]
 BROKEN = {
     broken_resume.rng_not_seeded_by_step: STEP,
     broken_resume.data_restarts_the_epoch: STEP,
@@ -75,30 +79,38 @@ BROKEN = {
     broken_resume.validation_not_made_up: VALIDATION,
     broken_resume.step_logged_after_its_checkpoint: SAVED,
     broken_resume.text_totals_logged_at_the_next_step: STEP,
+    broken_resume.passes_not_kept: VALIDATED,
+    broken_resume.end_noted_before_its_rows: ENDED,
 }
 # The others wait for the night.
 USUAL = (broken_resume.rng_not_seeded_by_step, broken_resume.step_logged_after_its_checkpoint)
-MOMENTS = {"step": STEP, "saved": SAVED, "validation": VALIDATION}
+MOMENTS = {
+    "step": STEP,
+    "saved": SAVED,
+    "validation": VALIDATION,
+    "validated": VALIDATED,
+    "ended": ENDED,
+}
 
 
 @pytest.fixture(scope="module")
 def spoilt(server, tmp_path_factory, is_nightly) -> dict[str, Chain]:
-    """Kill the toy once with each broken variant, and once with none at each of their moments."""
+    """Kill the toy with each broken variant, and with none at the same moments."""
     place = tmp_path_factory.mktemp("spoilt")
     chains = {
         breaker.__name__: Chain(
-            "toy", place, [moment], breaker.__name__, (f"broken_resume.{breaker.__name__}",)
+            "toy", place, moments, breaker.__name__, (f"broken_resume.{breaker.__name__}",)
         )
-        for breaker, moment in BROKEN.items()
+        for breaker, moments in BROKEN.items()
         if is_nightly or breaker in USUAL
     }
-    for name, moment in MOMENTS.items():
-        chains[name] = Chain("toy", place, [moment], name)
+    for name, moments in MOMENTS.items():
+        chains[name] = Chain("toy", place, moments, name)
     run_chains(server, list(chains.values()), random.Random(SEED))
     return chains
 
 
-@pytest.mark.parametrize("name", ["step", "saved", "validation"])
+@pytest.mark.parametrize("name", list(MOMENTS))
 def test_one_kill_changes_nothing(spoilt, name):
     check_nothing_changed(spoilt[name])
 

@@ -110,7 +110,8 @@ def straight(server, toy_config, tmp_path_factory):
 
 def check_deaths(runs, straight, kills, seed, broken=()):
     draw, run_dir = random.Random(seed), runs.folder / "run"
-    length = [f"--trainer.max_steps={13 * len(kills) + 5}"]
+    # Some attempts have workers, and others none.
+    length = [f"--trainer.max_steps={13 * len(kills) + 5}", "--checkpoint.allow_changes=[data]"]
     for number, kill in enumerate(kills):
         options = [*length, *kill.options(draw, run_dir)]
         heads = runs.start(run_dir, *options, is_launched=kill.is_launched, broken=broken)

@@ -5,7 +5,8 @@ import itertools
 import toy_resume
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-from callbacks import unfinished_step
+from callbacks import checkpoint, unfinished_step
+from callbacks.checkpoint import RunCheckpoint
 from callbacks.ema import EMA
 from callbacks.step_rng import StepRng
 from callbacks.unfinished_step import UnfinishedStep
@@ -75,6 +76,22 @@ def schedule_not_loaded():
 def validation_not_made_up():
     """Goes on with the next step where a validation was cut off."""
     UnfinishedStep.load = _nothing
+
+
+def passes_not_kept():
+    """Leaves the accounts of a validation to the next checkpoint."""
+    checkpoint.passes_of = lambda trainer: {}
+
+
+def end_noted_before_its_rows():
+    """Notes the end of the training before the module has logged what belongs to it."""
+    end, RunCheckpoint.on_fit_end = RunCheckpoint.on_train_end, _nothing
+
+    def on_train_end(self, trainer, pl_module):
+        end(self, trainer, pl_module)
+        self._unfinished.note_ended(trainer, self._run_dir)
+
+    RunCheckpoint.on_train_end = on_train_end
 
 
 def step_logged_after_its_checkpoint():
