@@ -189,3 +189,26 @@ def test_an_error_reports_the_step_under_way_too(tmp_path, write_shards):
     accounts.close_after(caught.value, tmp_path)
     report = json.loads((tmp_path / REPORT_NAME).read_text())["train"]
     assert (report["delivered"], report["quarantined"]) == (3, {"checksum": 1})
+
+
+def test_a_pass_after_the_checkpoint_is_taken_over_unless_it_makes_no_sense(tmp_path, write_shards):
+    manifest = write_shards(tmp_path, [40])
+    accounts = open_accounts(manifest)
+    accounts.consume(batch([0, 1]), "train", 0)
+    kept = accounts.state(1)
+    accounts.consume(batch([0, 1, 2], (1,)), "validate", 1)
+    later = json.loads(json.dumps(accounts.passes()))
+    assert list(later) == ["validate"]
+    assert accounts.stages["validate"].delivered == 2
+
+    def resume(passes):
+        resumed = RunAccounts(BadSampleLimits(1.0, 1.0))
+        resumed.begin()
+        resumed.expect("train", manifest)
+        resumed.take_passes(passes)
+        resumed.begin_training(2, kept)
+        return resumed.state(1)
+
+    assert resume(later) == {**kept, **later}
+    assert resume({"validate": {"epochs": 3}}) == kept
+    assert resume({"train": later["validate"]}) == kept
