@@ -8,7 +8,7 @@
     RUN/samples/                       pictures
     RUN/checkpoints/step-00001000/     model, ema, optimizer (safetensors), state.json, meta.json
     RUN/checkpoints/best.json          which of them is the best, and by what
-    RUN/checkpoints/followed.json      which step was validated last, to make up for what a stop cut
+    RUN/checkpoints/followed.json      what came after them, so that a stop cuts nothing off
 
 Pure standard library: tools that only look at runs need no PyTorch.
 """
