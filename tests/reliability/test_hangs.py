@@ -43,9 +43,7 @@ CASES = {
 NIGHTLY = {
     # No gradient was ever exchanged.
     "sleep": Case(hanging("sleep", 0), "in _engine_run_backward", "in sleep_for_ever"),
-    "validation": Case(
-        hanging("sleep", 4, "HangInValidation"), "distributed_c10d.py", "in sleep_for_ever"
-    ),
+    "validation": Case(hanging("sleep", 4, "HangInValidation"), IN_DDP, "in sleep_for_ever"),
 }
 
 

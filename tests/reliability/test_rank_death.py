@@ -35,8 +35,9 @@ class Kill:
 
     def options(self, draw: random.Random, run_dir: Path) -> list[str]:
         """Choose the moment in a run that goes on from its newest checkpoint."""
-        workers = ["--data=toy_signals.WorkerData"] if self.has_workers else []
-        return [*workers, *self._death(draw, run_dir)]
+        kind = "toy_signals.WorkerData" if self.has_workers else "toy_house.ToyData"
+        data = [f"--data={kind}", "--data.init_args.seed=7"]
+        return [*data, *self._death(draw, run_dir)]
 
     def _death(self, draw: random.Random, run_dir: Path) -> list[str]:
         newest = newest_checkpoint(run_dir)
