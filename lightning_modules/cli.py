@@ -30,6 +30,7 @@ from lightning_modules.short_usage_parser import LayeredConfigFile, ShortUsagePa
 from lightning_modules.slurm_environment import slurm_environment
 from segalign.atomic import make_directory
 from segalign.errors import CancelledError, ConfigError, TerminatedError
+from segalign.ranks import leaving_group
 from segalign.run_directory import stored_step
 
 _PEEKING: dict[str, Any] = {"add_help": False, "allow_abbrev": False, "exit_on_error": False}
@@ -253,7 +254,8 @@ def run(argv: Sequence[str], parts: RunParts) -> SegalignCLI:
     with permitted_classes(known.allow_import), without_known_noise():
         sources = [Path(source) for source in known.config]
         try:
-            return SegalignCLI(parts, rest, command=argv, sources=sources)
+            with leaving_group():
+                return SegalignCLI(parts, rest, command=argv, sources=sources)
         except SIGTERMException as error:
             raise TerminatedError(
                 "ended by SIGTERM; what was trained since the last checkpoint is lost; go on with "

@@ -1,12 +1,13 @@
 """The processes that work together; one that is alone is the only one."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
 from torch import distributed
 
-from segalign.errors import SegalignError
+from segalign.errors import SegalignError, StoppedError
 
 _KNOWN_TO_ALL: Final = "_is_known_to_all_ranks"
 _logger = logging.getLogger(__name__)
@@ -26,6 +27,29 @@ def own_rank() -> int:
 def world_size() -> int:
     """Return the number of processes."""
     return distributed.get_world_size() if is_distributed() else 1
+
+
+@contextlib.contextmanager
+def leaving_group() -> Iterator[None]:
+    """Leave the process group that is joined within a block, where all ranks end it alike.
+
+    That is when it succeeds, or is stopped before its time. Gloo's threads may still hold on to a
+    tensor; one that lets go while the interpreter is being torn down aborts the process, whose exit
+    code then says nothing of what it has done. After other errors a rank may have left others in
+    the middle of a collective, and to wait for the end of that would keep it from ending.
+    """
+    was_distributed = is_distributed()
+
+    def leave() -> None:
+        if is_distributed() and not was_distributed:
+            distributed.destroy_process_group()
+
+    try:
+        yield
+    except StoppedError:
+        leave()
+        raise
+    leave()
 
 
 def gather_objects(own: Any) -> list[Any]:

@@ -169,7 +169,7 @@ def _index(options: Namespace) -> int:
             "samples": manifest.num_samples,
             "manifest": str(folder / MANIFEST_NAME),
             "digest": manifest.digest,
-            "not decoded yet": f"`shards verify {folder} --decode` does",
+            "next": f"`shards verify {folder} --decode` looks into captions and images",
         }
     )
     return 0

@@ -3,6 +3,7 @@
 import itertools
 import re
 import time
+from pathlib import Path
 
 import torch
 import toy_house
@@ -31,7 +32,10 @@ def join_a_collective_alone(group):
 
 
 class Hang(Callback):
-    """Hang on one rank before a training batch; with ``alone``, the other one works on."""
+    """Hang on one rank before a training batch; with ``alone``, the other one works on.
+
+    Just before, the file ``RUN/hangs`` is made.
+    """
 
     def __init__(self, kind: str, at_step: int = 2, rank: int = 1):
         super().__init__()
@@ -48,7 +52,9 @@ class Hang(Callback):
         if trainer.global_rank != self.rank:
             if self.kind == "alone":
                 work_for_ever()
-        elif self.kind in ("sleep", "alone"):
+            return
+        (Path(trainer.default_root_dir) / "hangs").touch()
+        if self.kind in ("sleep", "alone"):
             sleep_for_ever()
         elif self.kind == "interpreter":
             hold_the_interpreter()

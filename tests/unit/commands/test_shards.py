@@ -39,7 +39,9 @@ def test_foreign_shards_are_indexed_once(tmp_path, capsys):
     with webdataset.ShardWriter(str(tmp_path / "x-%d.tar"), verbose=0) as writer:
         writer.write({"__key__": "a", "txt": "a"})
     assert run(["index", str(tmp_path)]) == 0
-    assert "samples   1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "samples   1" in said
+    assert f"next      `shards verify {tmp_path} --decode` looks" in said
     assert run(["index", str(tmp_path)]) == 65
     assert "error: a folder without a manifest was expected; " in capsys.readouterr().err
     assert run(["index", str(tmp_path), "--force"]) == 0

@@ -11,6 +11,7 @@ import toy_house
 import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import distributed
 
 import main
 from callbacks.checkpoint import RunCheckpoint, SafetensorsCheckpointIO
@@ -21,6 +22,7 @@ from callbacks.run_loggers import RunCSVLogger
 from callbacks.step_rng import StepRng
 from callbacks.tensorboard_log import RunTensorBoardLogger
 from lightning_modules import cli
+from segalign.errors import PreemptedError
 
 
 @pytest.fixture
@@ -162,6 +164,20 @@ def test_a_value_on_a_link_target_is_refused(toy_command, tmp_path, monkeypatch,
 class Explode(Callback):
     def on_train_start(self, trainer, pl_module):
         raise ZeroDivisionError
+
+
+class Stop(Callback):
+    def on_train_start(self, trainer, pl_module):
+        assert distributed.is_initialized()
+        raise PreemptedError("a signal came")
+
+
+@pytest.mark.parametrize(("start", "code"), [(None, 0), (Stop.on_train_start, 85)])
+def test_ranks_part_before_the_interpreter_is_torn_down(toy_command, monkeypatch, start, code):
+    if start is not None:
+        monkeypatch.setattr(toy_house.LossRecorder, "on_train_start", start)
+    assert toy_command("fit", "--trainer.strategy=ddp", "--trainer.max_steps=1") == code
+    assert not distributed.is_initialized()
 
 
 def test_programming_errors_keep_their_traceback(toy_command, monkeypatch):
