@@ -180,10 +180,9 @@ def forget_later(run_dir: Path, start: Path | None) -> None:
 
 
 def _note(trainer: pl.Trainer, run_dir: Path, events: Mapping[str, Any]) -> None:
-    if trainer.is_global_zero:
-        # A resumed run does not repeat what is noted here, nor its rows.
-        flush_logs(trainer)
-        _write(run_dir, {**_read(run_dir), **events})
+    # A resumed run does not repeat what is noted here, nor its rows.
+    flush_logs(trainer)
+    _write(run_dir, {**_read(run_dir), **events})
 
 
 def _is_of(run_dir: Path, checkpoint: Any) -> bool:

@@ -21,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from segalign.atomic import make_directory, storage_errors, write_text_atomic
+from segalign.json_text import parse_json
 from segalign.last_resort import LastResort
 from segalign.stillness import Place, Stillness, place_of
 
@@ -130,7 +131,7 @@ class HangWatcher:
     def _told(self) -> tuple[int, str] | None:
         """Read which rank of this attempt waits, and since when, if one does."""
         try:
-            told = json.loads((self.folder / _MARK).read_bytes())
+            told = parse_json((self.folder / _MARK).read_bytes())
             return (told["rank"], told["since"]) if told["attempt"] == self.attempt else None
         except (OSError, ValueError, TypeError, KeyError):
             return None

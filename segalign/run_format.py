@@ -32,6 +32,7 @@ from segalign.atomic import (
     usual_mode,
 )
 from segalign.errors import DataError, StorageError
+from segalign.json_text import parse_json
 from segalign.run_directory import (
     FORMAT_VERSION,
     META_FILE,
@@ -96,9 +97,9 @@ def load_checkpoint(directory: Path) -> dict[str, Any]:
             for name in meta["files"]
             if name.endswith(".safetensors")
         }
-        document = json.loads((directory / STATE_FILE).read_bytes())
+        document = parse_json((directory / STATE_FILE).read_bytes())
         tree = dict(decode_tree(document, tensors))
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise DataError(
             f"expected a readable checkpoint in `{directory}`; got: {error}. Choose another one."
         ) from error

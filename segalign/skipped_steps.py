@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from segalign.atomic import make_directory, write_text_atomic
+from segalign.json_text import parse_json
 from segalign.ranks import gather_objects
 from segalign.sharded_tensors import local
 
@@ -237,7 +238,7 @@ def _read(path: Path) -> dict[int, str]:
     found: dict[int, str] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            found[int(json.loads(line)["step"])] = line
+            found[int(parse_json(line)["step"])] = line
         except (ValueError, TypeError, KeyError):
             continue
     return found

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 from segalign.atomic import write_bytes_atomic
 from segalign.data.faults import FaultRecord
 from segalign.errors import DataError
+from segalign.json_text import parse_json
 from segalign.ranks import gather_objects
 
 REPORT_NAME: Final = "data_report.json"
@@ -284,7 +285,7 @@ def write_report(folder: Path, stages: dict[str, Ledger], *, is_partial: bool = 
 def _read_reports(path: Path) -> dict[str, Any]:
     """Read what earlier commands have reported; a damaged report is written anew."""
     try:
-        reports = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        reports = parse_json(path.read_bytes())
+    except (OSError, ValueError):
         return {}
     return reports if isinstance(reports, dict) else {}

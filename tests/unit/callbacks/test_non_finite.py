@@ -127,7 +127,7 @@ def test_a_damaged_line_of_the_log_is_left_out(tmp_path):
     run = Run(tmp_path, NonFiniteSteps())
     run.step(True)
     with (tmp_path / "logs/skipped_steps.jsonl").open("a") as file:
-        file.write('[]\n{"step": 1, "rea')
+        file.write("[]\n" + 100_000 * "[" + '\n{"step": 1, "rea')
     run.step(False, True)
     assert [line["step"] for line in lines(tmp_path)] == [0, 2]
 
